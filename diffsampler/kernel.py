@@ -1,0 +1,82 @@
+r"""Markov transitions on batched particles, with explicit state.
+
+A kernel is a pair of functions: ``init(x, log_density) -> State`` and ``step(state, log_density, params, generator) ->
+(State, Info)``. The log density is an argument, so tempering never rebuilds a kernel, and nothing is hidden or mutated.
+``Info.log_ratio`` is :math:`\log B(x|x') - \log F(x'|x)` of the transition that was made, so annealed importance
+sampling, stochastic normalizing flows, SMC and learned diffusions share one weight formula.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffsampler.space import Space
+
+__all__ = ["Info", "Kernel", "KernelParams", "LogDensity", "State"]
+
+LogDensity = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""A batched density with gradient: ``x (..., D) -> (log_prob (...), score (..., D))``, as Target.log_prob_and_score."""
+
+
+class State(NamedTuple):
+    """What the next step needs. All batched over chains."""
+
+    x: Tensor
+    """Positions, shape ``(..., D)``."""
+    log_prob: Tensor
+    """Log density at ``x``, shape ``(...)``."""
+    score: Tensor
+    """Gradient of the log density at ``x``, shape ``(..., D)``."""
+
+
+class Info(NamedTuple):
+    """What only weights, adaptation and diagnostics need."""
+
+    log_ratio: Tensor
+    """``log B(x|x') - log F(x'|x)`` of the step, shape ``(...)``, float64."""
+    acceptance: Tensor
+    """Acceptance probability, shape ``(...)``; 1 for unadjusted kernels."""
+    evaluations: int
+    """Density-and-gradient evaluations spent per particle."""
+    nonfinite: Tensor
+    """Boolean, shape ``(...)``: the proposal hit a non-finite density or gradient and was refused."""
+
+
+class KernelParams(NamedTuple):
+    """Tunable numbers of a kernel, adapted from outside and frozen while recording."""
+
+    step_size: Tensor
+    """Step size, a scalar tensor or one that broadcasts against ``(...)`` chains."""
+    scale: Tensor
+    """Diagonal metric: standard deviation per coordinate, shape ``(D,)`` or ``(1,)`` (isotropic)."""
+
+
+class Kernel(ABC):
+    """A Markov transition on batched particles.
+
+    Arguments:
+        space: Where the particles live; noise and moves stay on it.
+    """
+
+    exact: bool
+    """Whether the kernel leaves the density that it is given exactly invariant."""
+    target_acceptance: float
+    """Acceptance rate that step-size adaptation should aim at."""
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+
+    def init(self, x: Tensor, log_density: LogDensity) -> State:
+        """State at positions ``x (..., D)``."""
+        return State(x, *log_density(x))
+
+    @abstractmethod
+    def step(
+        self, state: State, log_density: LogDensity, params: KernelParams, generator: torch.Generator | None = None
+    ) -> tuple[State, Info]:
+        """Make one transition of all particles."""

@@ -1,0 +1,106 @@
+"""The result record of every sampler: points with one log weight each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from diffsampler import estimators
+from diffsampler.estimators import Estimate
+
+__all__ = ["Particles"]
+
+
+@dataclass(frozen=True)
+class Particles:
+    """Weighted particles.
+
+    Arguments:
+        x: Points, shape ``(n, D)``.
+        log_weight: Log weights, shape ``(n,)``, float64, with ``E[w] = Z``. Non-finite points carry ``-inf``.
+        replicates: 1 when particles are independent of each other. Otherwise the particles are this many equal,
+            contiguous, mutually independent blocks (islands of SMC, chains of MCMC) with dependence inside a block.
+        has_normalizer: Whether the weights estimate the normalizing constant (False for MCMC chains).
+        effective: Effective sample size known from elsewhere (autocorrelation of chains), instead of the weights'.
+        nonfinite: Number of particles that were lost to non-finite values.
+    """
+
+    x: Tensor
+    log_weight: Tensor
+    replicates: int = 1
+    has_normalizer: bool = True
+    effective: float | None = None
+    nonfinite: int = 0
+
+    def __post_init__(self) -> None:
+        if self.x.ndim != 2 or self.log_weight.shape != self.x.shape[:1]:
+            raise ValueError(
+                f"Expected x of shape (n, D) and log_weight of shape (n,); "
+                f"got {tuple(self.x.shape)} and {tuple(self.log_weight.shape)}."
+            )
+        if self.log_weight.dtype != torch.float64:
+            raise TypeError(f"Expected log_weight in float64; got {self.log_weight.dtype}.")
+        if self.replicates < 1 or self.x.shape[0] % self.replicates:
+            raise ValueError(f"Expected replicates to divide {self.x.shape[0]} particles; got {self.replicates}.")
+
+    def __len__(self) -> int:
+        return self.x.shape[0]
+
+    @cached_property
+    def log_replicates(self) -> Tensor:
+        """``log Z`` of each independent block, shape ``(replicates,)``."""
+        blocks = self.log_weight.reshape(self.replicates, -1)
+        return torch.logsumexp(blocks, -1) - math.log(blocks.shape[-1])
+
+    @cached_property
+    def log_normalizer(self) -> Estimate:
+        """``log Z`` with a standard error: delta method for independent particles, spread of the blocks otherwise."""
+        if not self.has_normalizer:
+            return Estimate(math.nan, math.nan, "unavailable")
+        if self.replicates > 1:
+            return estimators.replicate_log_normalizer(self.log_replicates)
+        return estimators.importance_log_normalizer(self.log_weight)
+
+    @cached_property
+    def elbo(self) -> float:
+        """Lower bound of ``log Z``: mean log weight, or the mean of the blocks' ``log Z`` where particles interact."""
+        if not self.has_normalizer:
+            return math.nan
+        values = self.log_replicates if self.replicates > 1 else self.log_weight
+        return estimators.elbo(values).value
+
+    @cached_property
+    def ess(self) -> float:
+        """Effective sample size, a count."""
+        if self.effective is not None:
+            return self.effective
+        return estimators.effective_sample_size(self.log_weight)
+
+    @cached_property
+    def pareto_k(self) -> float:
+        """Tail shape of the weights; above 0.7 the importance estimates are not reliable."""
+        return estimators.pareto_smooth(self.log_weight)[1]
+
+    def expectation(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted mean of function values ``(n, *event)`` and its standard error, each of shape ``event``.
+
+        Where particles interact, the error comes from the spread of the blocks' contributions.
+        """
+        mean, error = estimators.expectation(values, self.log_weight)
+        if self.replicates == 1:
+            return mean, error
+        residual = values.double() - mean
+        weight = torch.softmax(self.log_weight, 0).reshape(-1, *[1] * (values.ndim - 1))
+        block = (weight * residual).reshape(self.replicates, -1, *values.shape[1:]).sum(1)
+        scale = self.replicates / (self.replicates - 1)
+        return mean, (scale * block.square().sum(0)).sqrt()
+
+    def resample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``n`` equally weighted points by systematic resampling, in random order, shape ``(n, D)``."""
+        index = estimators.systematic_resample(self.log_weight, n, generator=generator)
+        shuffle = torch.randperm(n, generator=generator, device=index.device)
+        return self.x[index[shuffle]]
