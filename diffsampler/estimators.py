@@ -51,7 +51,7 @@ def log_mean_exp(log_weight: Tensor) -> float:
 
 
 def importance_log_normalizer(log_weight: Tensor) -> Estimate:
-    r""":math:`\log \hat Z` from independent weights; standard error by the delta method, :math:`sd(w)/(\bar w \sqrt n)`."""
+    r""":math:`\log \hat Z` from independent weights, standard error by the delta method."""
     log_weight = log_weight.double()
     value = log_mean_exp(log_weight)
     return Estimate(value, _relative_error_of_mean(log_weight - value), "importance")

@@ -110,7 +110,9 @@ class MeanFree(Space):
 
     def log_gaussian(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         if variance.shape[-1] != 1:
-            raise ValueError(f"Expected an isotropic variance of shape (..., 1) on MeanFree; got {tuple(variance.shape)}.")
+            raise ValueError(
+                f"Expected an isotropic variance of shape (..., 1) on MeanFree; got {tuple(variance.shape)}."
+            )
         return _log_normal(self.project_vector(x - mean), variance, self.dof)
 
 

@@ -133,9 +133,7 @@ class Target(nn.Module, ABC):
         log_normalizer: float | None = None,
     ) -> FunctionTarget:
         """Wrap a batched energy in units of kT; ``force`` is minus its gradient, that is the score."""
-        return FunctionTarget(
-            lambda x: -energy(x), _space_of(dim, space), score=force, log_normalizer=log_normalizer
-        )
+        return FunctionTarget(lambda x: -energy(x), _space_of(dim, space), score=force, log_normalizer=log_normalizer)
 
 
 def _space_of(dim: int | None, space: Space | None) -> Space:
