@@ -1,0 +1,36 @@
+"""Benchmark densities with exact normalizing constants, samplers and mode labels where they exist."""
+
+from collections.abc import Callable
+
+from diffsampler.target import Target
+from diffsampler.targets.eight_schools import EightSchools as EightSchools
+from diffsampler.targets.funnel import Funnel as Funnel
+from diffsampler.targets.gaussian import Gaussian as Gaussian
+from diffsampler.targets.gaussian import StudentT as StudentT
+from diffsampler.targets.logistic import LogisticRegression as LogisticRegression
+from diffsampler.targets.mixtures import GaussianMixture as GaussianMixture
+from diffsampler.targets.shapes import Banana as Banana
+from diffsampler.targets.shapes import Rings as Rings
+from diffsampler.targets.wells import DoubleWells as DoubleWells
+from diffsampler.targets.wells import ManyWell as ManyWell
+
+REGISTRY: dict[str, Callable[[], Target]] = {
+    "gaussian": Gaussian.correlated,
+    "ill_scaled": Gaussian.ill_scaled,
+    "student_t": StudentT,
+    "gmm9": GaussianMixture.grid,
+    "gmm25": lambda: GaussianMixture.grid(25),
+    "gmm40": GaussianMixture.forty,
+    "difficult": GaussianMixture.difficult,
+    "seven": GaussianMixture.seven,
+    "funnel": Funnel,
+    "manywell8": lambda: ManyWell(dim=8),
+    "manywell32": ManyWell,
+    "manywell64": lambda: ManyWell(dim=64),
+    "mw54": DoubleWells.mw54,
+    "mw52": DoubleWells.mw52,
+    "rings": Rings,
+    "banana": Banana,
+    "eight_schools": EightSchools,
+}
+"""Targets of the command line by their short names; call the value to build one."""
