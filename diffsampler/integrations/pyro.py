@@ -1,0 +1,282 @@
+r"""Pyro models as targets, and Pyro's NUTS as a peer.
+
+:class:`PyroTarget` turns a model with continuous latent sites into a density on :math:`\mathbb{R}^D` that is evaluated
+for a whole batch of points at once, with the model's prior as an exact, normalized reference, so that
+``log_prob - prior.log_prob`` is the log likelihood and the normalizing constant is the evidence of the data.
+
+References:
+    Pyro: Deep Universal Probabilistic Programming (Bingham et al., 2019), https://arxiv.org/abs/1810.09538
+    The No-U-Turn Sampler (Hoffman and Gelman, 2014), https://arxiv.org/abs/1111.4246
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, final
+
+import torch
+from pyro.infer import MCMC, NUTS
+from pyro.ops.stats import effective_sample_size
+from torch import Tensor
+
+from diffsampler.integrations.pyro_checks import (
+    check_batch,
+    check_density,
+    draw_plan,
+    flatten,
+    layout,
+    prototypes,
+    seeded,
+    unconstrain,
+)
+from diffsampler.integrations.pyro_density import Latent, Model, stack
+from diffsampler.particles import Particles
+from diffsampler.space import Euclidean
+from diffsampler.target import Target
+
+__all__ = ["Chains", "PyroPrior", "PyroTarget", "nuts", "sample_prior"]
+
+
+@final
+class PyroTarget(Target):
+    r"""The posterior of a Pyro model, unnormalized, over one unconstrained vector.
+
+    The model may use plates, masks, scales, factors, deterministic sites, ``pyro.param`` (taken at its current value)
+    and any support that has a bijection to :math:`\mathbb{R}^n`, including supports that depend on other sites. All
+    positional and keyword arguments after ``model`` are the model's own. They are evaluated in float64; results have
+    the dtype of ``x``.
+
+    Arguments:
+        model: A Pyro model.
+        args: Positional arguments of the model.
+        kwargs: Keyword arguments of the model.
+
+    Attributes:
+        prior: The model's prior as a :class:`PyroPrior`, or None where it is not a normalized law that can be drawn
+            from (``ImproperUniform``, masked or scaled latent sites).
+        names: Names of the latent sites in the order of the vector.
+        site_slices: The entries of the vector that belong to each site.
+        vectorized: Whether the model is evaluated as a batch (otherwise by a Python loop, after a warning).
+
+    Raises:
+        ValueError: If the model has no latent site, a discrete one, one without a bijection or without a density,
+            random minibatches, sites that differ between runs, or no prior draw with a finite density.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(y):
+        ...     scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        ...     pyro.sample("y", dist.Normal(0.0, scale).expand(y.shape).to_event(1), obs=y)
+        >>> target = PyroTarget(model, torch.tensor([0.3, -1.2]))
+        >>> target.log_prob(torch.zeros(5, 1)).shape, target.constrain(torch.zeros(5, 1))["scale"].shape
+        (torch.Size([5]), torch.Size([5]))
+    """
+
+    def __init__(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        if not callable(model):
+            raise TypeError(f"Expected a Pyro model, a callable; got {type(model).__name__}.")
+        traced = Model(model, args, kwargs)
+        draws = prototypes(traced)
+        latents = draws[0].latents
+        traced.sites = layout(latents)
+        points = torch.stack([flatten(traced.sites, draw.latents) for draw in draws])
+        check_density(traced, points)
+        check_batch(traced, points)
+        prior = PyroPrior(traced, latents) if all(latent.proper for latent in latents.values()) else None
+        super().__init__(Euclidean(points.shape[1]), prior=prior)
+        self._model = traced
+
+    @property
+    def names(self) -> list[str]:
+        """Latent sites, in the order of the vector."""
+        return list(self._model.sites)
+
+    @property
+    def site_slices(self) -> dict[str, slice]:
+        """Entries of the vector that belong to each site."""
+        return {name: site.entries for name, site in self._model.sites.items()}
+
+    @property
+    def vectorized(self) -> bool:
+        """Whether the model is evaluated as a batch."""
+        return self._model.vectorized
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return _log_prob(self._model, x, likelihood=True)
+
+    def log_likelihood(self, x: Tensor) -> Tensor:
+        """Log density of the observed sites and factors, ``(..., D) -> (...)``."""
+        flat = _rows(x, self.dim)
+        return self._model.log_density(flat, likelihood=True)[1].to(x.dtype).reshape(x.shape[:-1])
+
+    def constrain(self, x: Tensor, *, deterministic: bool = False) -> dict[str, Tensor]:
+        """Values of the latent sites (and of deterministic sites on request), ``(..., D)`` to ``(..., *event)``."""
+        return _constrain(self._model, x, deterministic=deterministic)
+
+    def unconstrain(self, values: dict[str, Tensor]) -> Tensor:
+        """Inverse of :meth:`constrain`: values ``(n, *event)`` of all latent sites to ``(n, D)``, float64."""
+        return unconstrain(self._model, values)
+
+    def flatten(self, values: dict[str, Tensor]) -> Tensor:
+        """Unconstrained values ``(..., *shape)`` of all latent sites to ``(..., D)``."""
+        parts = []
+        for name, site in self._model.sites.items():
+            if name not in values:
+                raise ValueError(f"Expected values of all sites {self.names}; got {sorted(values)}.")
+            batch = values[name].shape[: values[name].ndim - len(site.unconstrained)]
+            parts.append(values[name].reshape(*batch, -1))
+        return torch.cat(parts, -1)
+
+    def unflatten(self, x: Tensor) -> dict[str, Tensor]:
+        """Split ``(..., D)`` into the unconstrained values ``(..., *shape)`` of each site."""
+        sites = self._model.sites.items()
+        return {name: x[..., site.entries].reshape(*x.shape[:-1], *site.unconstrained) for name, site in sites}
+
+
+@final
+class PyroPrior(Target):
+    """The normalized prior of a Pyro model over the unconstrained vector, with an exact sampler.
+
+    Sites whose law does not depend on other sites are drawn as one batch. The rest follow by running the model
+    forward, under ``vmap`` where its random operations allow and in a loop where they do not.
+    """
+
+    def __init__(self, model: Model, latents: dict[str, Latent]) -> None:
+        dim = sum(math.prod(site.unconstrained) for site in model.sites.values())
+        super().__init__(Euclidean(dim), log_normalizer=0.0, has_sampler=True)
+        self._model = model
+        self._roots, self._batched = draw_plan(model, latents)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return _log_prob(self._model, x, likelihood=False)
+
+    def constrain(self, x: Tensor) -> dict[str, Tensor]:
+        return _constrain(self._model, x)
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        model = self._model
+        with seeded(generator), model.scope(model.device):
+            rows = {name: fn.sample((n,)).double() for name, fn in self._roots.items()}
+        if self._batched:
+            with seeded(generator):
+                return unconstrain(model, rows, randomness="different")
+        with seeded(generator), model.scope(model.device):
+            draws = [model.draw({name: row[i] for name, row in rows.items()}) for i in range(n)]
+        return torch.stack([flatten(model.sites, draw.latents) for draw in draws])
+
+
+class Chains(NamedTuple):
+    """Draws of Pyro's NUTS."""
+
+    samples: dict[str, Tensor]
+    """Constrained draws of each site, shape ``(chains, draws, *event)``."""
+    divergences: list[int]
+    """Divergent transitions of each chain."""
+
+
+def sample_prior(
+    model: Callable[..., Any],
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    num_samples: int,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Draw latent sites of a Pyro model from its prior, each of shape ``(num_samples, *event)``, float64.
+
+    Raises:
+        ValueError: If the prior is not a normalized law (``ImproperUniform``, masked or scaled latent sites).
+    """
+    target = PyroTarget(model, *args, **({} if kwargs is None else kwargs))
+    if target.prior is None:
+        raise ValueError("Expected a proper prior; got a model with improper, masked or scaled latent sites.")
+    return target.constrain(target.prior.sample(num_samples, generator=torch.Generator().manual_seed(seed)))
+
+
+def nuts(
+    model: Callable[..., Any],
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    num_samples: int = 1000,
+    warmup_steps: int = 1000,
+    num_chains: int = 4,
+    seed: int = 0,
+) -> Chains:
+    """Run Pyro's NUTS as its users do, chain after chain in this process.
+
+    Arguments:
+        model: A Pyro model.
+        args: Positional arguments of the model.
+        kwargs: Keyword arguments of the model.
+        num_samples: Draws of each chain.
+        warmup_steps: Adaptation steps of each chain, not kept.
+        num_chains: Number of chains, each from its own random start.
+        seed: Seed; the state of torch's global generator is restored.
+    """
+    runs, divergences = [], []
+    for chain in range(num_chains):
+        with seeded(torch.Generator().manual_seed(seed + 7919 * chain)):
+            mcmc = MCMC(NUTS(model), num_samples=num_samples, warmup_steps=warmup_steps, disable_progbar=True)
+            mcmc.run(*args, **({} if kwargs is None else kwargs))
+        runs.append({name: draws.detach() for name, draws in mcmc.get_samples().items()})
+        divergences.append(sum(len(found) for found in mcmc.diagnostics()["divergences"].values()))
+    return Chains(stack(runs), divergences)
+
+
+def nuts_particles(target: PyroTarget, *, num_samples: int, warmup_steps: int, num_chains: int, seed: int) -> Particles:
+    """Draws of :func:`nuts` as equally weighted particles in the unconstrained space of ``target``.
+
+    ``effective`` is the smallest effective sample size over coordinates, from the autocorrelation within and the
+    variance between chains. The weights say nothing about the normalizing constant.
+    """
+    model = target._model
+    chains = nuts(
+        model.function,
+        model.user_args,
+        model.user_kwargs,
+        num_samples=num_samples,
+        warmup_steps=warmup_steps,
+        num_chains=num_chains,
+        seed=seed,
+    )
+    x = target.unconstrain({name: draws.flatten(0, 1) for name, draws in chains.samples.items()})
+    finite = x.isfinite().all(-1)
+    log_weight = torch.where(finite, 0.0, -torch.inf).double()
+    grouped = x.reshape(num_chains, num_samples, target.dim)
+    size = effective_sample_size(grouped, chain_dim=0, sample_dim=1) if num_samples >= 4 else x.new_ones(1)
+    # A coordinate that never moved has no autocorrelation and is worth one draw.
+    effective = float(torch.where(size.isfinite(), size, 1.0).min())
+    return Particles(
+        x,
+        log_weight,
+        replicates=num_chains,
+        has_normalizer=False,
+        effective=min(effective, float(len(x))),
+        nonfinite=int((~finite).sum()),
+    )
+
+
+def _rows(x: Tensor, dim: int) -> Tensor:
+    if x.shape[-1:] != (dim,):
+        raise ValueError(f"Expected x with trailing shape ({dim},); got {tuple(x.shape)}.")
+    return x.reshape(-1, dim).double()
+
+
+def _log_prob(model: Model, x: Tensor, *, likelihood: bool) -> Tensor:
+    dim = sum(math.prod(site.unconstrained) for site in model.sites.values())
+    prior, data = model.log_density(_rows(x, dim), likelihood=likelihood)
+    return (prior + data).to(x.dtype).reshape(x.shape[:-1])
+
+
+def _constrain(model: Model, x: Tensor, *, deterministic: bool = False) -> dict[str, Tensor]:
+    dim = sum(math.prod(site.unconstrained) for site in model.sites.values())
+
+    def one(point: Tensor) -> dict[str, Tensor]:
+        handler = model.substitute(point, likelihood=False)
+        return handler.values | (handler.deterministic if deterministic else {})
+
+    with torch.no_grad():
+        values = model.batch(one, _rows(x, dim))
+    return {name: value.to(x.dtype).reshape(*x.shape[:-1], *value.shape[1:]) for name, value in values.items()}

@@ -1,0 +1,200 @@
+"""What is established about a Pyro model when a target is made from it: layout, checks, and how to draw its prior."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from diffsampler.integrations.pyro_density import Draw, Latent, Model, Site, Substitute, batched_random
+
+__all__ = ["check_batch", "check_density", "draw_plan", "flatten", "layout", "prototypes", "seeded", "unconstrain"]
+
+NUM_PROBES = 6
+
+
+@contextlib.contextmanager
+def seeded(generator: torch.Generator | None) -> Iterator[None]:
+    """Seed torch's global generator, which Pyro draws from, for the length of a block."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        yield
+
+
+def prototypes(model: Model) -> list[Draw]:
+    """Forward runs that fix the layout; the first one with validation as the user set it."""
+    seeds = torch.Generator().manual_seed(0)
+    draws = []
+    for index in range(NUM_PROBES):
+        with seeded(seeds):
+            draws.append(_first_draw(model) if index == 0 else _plain_draw(model))
+    discrete = sorted({name for draw in draws for name in draw.discrete})
+    if discrete:
+        raise ValueError(
+            f"Expected continuous latent sites; got discrete {', '.join(map(repr, discrete))}. "
+            "Marginalise them in the model, for example with dist.MixtureSameFamily or a sum over their values."
+        )
+    shapes = [{name: tuple(latent.value.shape) for name, latent in draw.latents.items()} for draw in draws]
+    for other in shapes[1:]:
+        if other != shapes[0]:
+            raise ValueError(f"Expected the same latent sites and shapes in every run; got {shapes[0]} and {other}.")
+    if not shapes[0]:
+        raise ValueError("Expected a model with latent sites; got none. Is every site observed?")
+    return draws
+
+
+def _plain_draw(model: Model) -> Draw:
+    with model.scope():
+        return model.draw()
+
+
+def _first_draw(model: Model) -> Draw:
+    try:
+        with model.scope(validate=True):
+            return model.draw()
+    except RuntimeError as error:
+        model.promote = True
+        try:
+            with model.scope(validate=True):
+                return model.draw()
+        except RuntimeError:
+            raise error from None
+
+
+def layout(latents: dict[str, Latent]) -> dict[str, Site]:
+    sites, start = {}, 0
+    for name, latent in latents.items():
+        size = latent.unconstrained.numel()
+        shape = tuple(latent.unconstrained.shape)
+        sites[name] = Site(slice(start, start + size), shape, tuple(latent.value.shape))
+        start += size
+    return sites
+
+
+def flatten(sites: dict[str, Site], latents: dict[str, Latent]) -> Tensor:
+    return torch.cat([latents[name].unconstrained.reshape(-1) for name in sites])
+
+
+def check_density(model: Model, points: Tensor) -> None:
+    """The density, one point at a time: defined, the same twice, and finite somewhere."""
+    model.vectorized = False
+    try:
+        values = _total(model, points)
+    except RuntimeError as error:
+        if model.promote or isinstance(error, torch.linalg.LinAlgError):
+            raise
+        model.promote = True
+        values = _total(model, points)
+    again = _total(model, points)
+    if not torch.equal(values.nan_to_num(), again.nan_to_num()):
+        raise ValueError(
+            "Expected the same log density at the same point; got two values. The model draws random numbers outside "
+            "its sample sites, or hides a site from the density."
+        )
+    if not values.isfinite().any():
+        handler = _terms(model, points[0])
+        raise ValueError(
+            f"Expected a finite log density at draws from the prior; got none in {len(points)} draws "
+            f"(first: log prior {float(handler.log_prior):.4g}, log likelihood {float(handler.log_likelihood):.4g} at "
+            f"{ {name: value.tolist() for name, value in handler.values.items()} })."
+        )
+
+
+def _total(model: Model, points: Tensor) -> Tensor:
+    with torch.no_grad():
+        prior, data = model.log_density(points, likelihood=True)
+    return prior + data
+
+
+def _terms(model: Model, point: Tensor) -> Substitute:
+    with model.scope(point.device):
+        return model.substitute(point, likelihood=True)
+
+
+def check_batch(model: Model, points: Tensor) -> None:
+    """Compare the batched density with the loop; keep the loop, with one warning, where they do not agree."""
+    loop = _total(model, points)
+    model.vectorized = True
+    try:
+        with torch.random.fork_rng(devices=[]):
+            batch = _total(model, points)
+    except Exception as error:  # noqa: BLE001 - whatever vmap cannot do, the loop can
+        reason = _reason(error)
+    else:
+        if torch.allclose(batch, loop, rtol=1e-8, atol=1e-8, equal_nan=True):
+            return
+        reason = f"batched and single log densities differ by {float((batch - loop).abs().max()):.3g}"
+    model.vectorized = False
+    warnings.warn(
+        f"Evaluating this Pyro model with a Python loop over points, which is slow: {reason}.",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    if "data-dependent control flow" in text or "guard on data-dependent" in text:
+        reason = "it branches on a sampled value"
+    elif ".item()" in text:
+        reason = "it takes .item() of a sampled value"
+    elif "random" in text:
+        reason = "it draws random numbers outside its sample sites"
+    else:
+        lines = text.strip().splitlines() or [""]
+        reason = f"torch.func.vmap raised {type(error).__name__}: {lines[0]}"
+    return reason + _place(error)
+
+
+def _place(error: Exception) -> str:
+    """Where in the user's code an error arose."""
+    frames = traceback.extract_tb(error.__traceback__)
+    library = [str(Path(file).parent) for file in (torch.__file__, pyro.__file__, __file__)]
+    own = [frame for frame in frames if not frame.filename.startswith(tuple(library))]
+    return f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
+
+
+def draw_plan(model: Model, latents: dict[str, Latent]) -> tuple[dict[str, Any], bool]:
+    """Laws of the sites that depend on no other site, and whether the rest can be drawn as a batch."""
+    if not model.vectorized:
+        return {}, False
+    dependent: dict[str, bool] = {}
+
+    def probe(row: dict[str, Tensor]) -> Tensor:
+        draw = model.draw(row)
+        dependent.update({name: latent.dependent for name, latent in draw.latents.items()})
+        return flatten(model.sites, draw.latents)
+
+    values = {name: torch.stack([latent.value, latent.value]) for name, latent in latents.items()}
+    try:
+        model.batch(probe, values)
+    except RuntimeError:
+        return {}, False
+    roots = {name: latent.fn for name, latent in latents.items() if not dependent[name]}
+    two = {name: values[name] for name in roots}
+
+    def redraw() -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            return unconstrain(model, two, randomness="different")
+
+    try:
+        return roots, batched_random(redraw)
+    except RuntimeError:
+        return roots, False
+
+
+def unconstrain(model: Model, values: dict[str, Tensor], *, randomness: str = "error") -> Tensor:
+    def one(row: dict[str, Tensor]) -> Tensor:
+        return flatten(model.sites, model.draw(row).latents)
+
+    with torch.no_grad():
+        return model.batch(one, {name: value.double() for name, value in values.items()}, randomness=randomness)
