@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from diffsampler import estimators
+from diffsampler.estimators import Estimate
+from diffsampler.objective import LogVariance, Objective
 from diffsampler.particles import Particles
-from diffsampler.target import Target
+from diffsampler.process import Process
+from diffsampler.target import CountedTarget, Target
+from diffsampler.training import Recipe, fit
+from diffsampler.trajectory import simulate, simulate_backward
 
-__all__ = ["Sampler"]
+__all__ = ["DiffusionSampler", "Sampler"]
+
+STATES_PER_BATCH = 4_000_000
+"""Numbers that one batch of simulated paths may hold; larger requests are drawn in several batches."""
 
 
 class Sampler(ABC):
@@ -17,4 +32,148 @@ class Sampler(ABC):
 
     @abstractmethod
     def sample(self, n: int, *, seed: int = 0) -> Particles:
-        """Draw at least ``n`` weighted particles (samplers that work in blocks round up)."""
+        """Draw ``n`` weighted particles (samplers that work in blocks round up)."""
+
+
+class DiffusionSampler(Sampler):
+    """A learned diffusion: a process, the loss that trains it, and exact weights.
+
+    Arguments:
+        target: The density to sample.
+        process: Forward and backward chains.
+        objective: The loss, log-variance by default.
+
+    Attributes:
+        history: Training history, a list of dicts.
+        evaluations: Points at which the target's density or gradient was computed so far.
+    """
+
+    def __init__(self, target: Target, process: Process, objective: Objective | None = None) -> None:
+        if process.space != target.space:
+            raise ValueError(f"Expected a process on {target.space}; got one on {process.space}.")
+        self.target = target
+        self.process = process
+        self.objective = LogVariance() if objective is None else objective
+        self.history: list[dict[str, float]] = []
+        self._counted = CountedTarget(target)
+
+    @property
+    def evaluations(self) -> int:
+        """Points at which the target's density or gradient was computed so far, training included."""
+        return self._counted.evaluations
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the process."""
+        return next(self.process.parameters()).device
+
+    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> DiffusionSampler:
+        """Move process, loss and target in place; the target keeps its own float64 constants."""
+        self.process.to(device=device, dtype=dtype)
+        self.objective.to(device=device)
+        self.target.to(device=device)
+        return self
+
+    def fit(
+        self,
+        *,
+        steps: int = 2000,
+        batch_size: int = 512,
+        learning_rate: float = 2e-3,
+        seed: int = 0,
+        bank: Tensor | None = None,
+        bank_share: float = 0.5,
+        clip_norm: float = 1.0,
+        ema_decay: float = 0.998,
+        spent: Callable[[], float] = lambda: 0.0,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int = 200,
+        resume: bool = False,
+        callback: Callable[[dict[str, float]], None] | None = None,
+    ) -> DiffusionSampler:
+        """Train, and return the sampler itself.
+
+        Arguments:
+            steps: Number of gradient steps.
+            batch_size: Trajectories per step.
+            learning_rate: Initial learning rate of a cosine decay.
+            seed: Seed of all randomness in training.
+            bank: Points ``(m, D)`` near the target (a pilot's particles), replayed backward as additional paths.
+            bank_share: Share of the batch that comes from the bank.
+            clip_norm: Largest norm of a gradient.
+            ema_decay: Decay of the parameter average that is used for sampling.
+            spent: Share of an outside budget that is used up; training ends when it reaches 1.
+            checkpoint: Folder of an atomic checkpoint.
+            checkpoint_every: Steps between checkpoints.
+            resume: Continue from the folder's checkpoint if there is one, bit for bit on the same device.
+            callback: Called with every history entry.
+
+        Raises:
+            ValueError: If an option is out of range, the loss needs what is not given, or the checkpoint is foreign.
+            RuntimeError: If training diverges.
+        """
+        recipe = Recipe(
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
+            clip_norm=clip_norm,
+            ema_decay=ema_decay,
+            bank_share=bank_share,
+        )
+        if bank is not None:
+            bank = bank.to(next(self.process.parameters()))
+        self.history = fit(
+            self.process,
+            self._counted,
+            self.objective,
+            recipe,
+            bank=bank,
+            spent=spent,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            identity={"sampler": type(self).__name__, "target": type(self.target).__name__, "dim": self.target.dim},
+            callback=callback,
+        )
+        return self
+
+    def sample(self, n: int, *, seed: int = 0) -> Particles:
+        """Draw ``n`` independent weighted particles; those lost to non-finite values are counted, not repaired."""
+        if n < 1:
+            raise ValueError(f"Expected n >= 1; got {n}.")
+        generator = torch.Generator(self.device).manual_seed(seed)
+        points, weights = [], []
+        for size in self._batches(n):
+            trajectory = simulate(self.process, self._counted, size, generator=generator)
+            points.append(trajectory.x[-1])
+            weights.append(trajectory.log_weight)
+        x, log_weight = torch.cat(points), torch.cat(weights)
+        keep = x.isfinite().all(-1) & ~log_weight.isnan() & (log_weight < math.inf)
+        lost = n - int(keep.sum())
+        if lost == n:
+            raise RuntimeError("All particles are non-finite. Train with a smaller learning_rate, or check the target.")
+        # A lost particle is one with weight zero: the mean over all n draws stays unbiased.
+        shift = math.log((n - lost) / n)
+        return Particles(x[keep], log_weight[keep] + shift, nonfinite=lost)
+
+    def backward_log_weight(self, n: int, *, seed: int = 0) -> Tensor:
+        """Log weights ``(n,)`` of backward paths from exact samples of the target.
+
+        Raises:
+            NotImplementedError: If the target has no exact sampler.
+        """
+        generator = torch.Generator(self.device).manual_seed(seed)
+        weights = []
+        for size in self._batches(n):
+            x = self.target.sample(size, generator=generator).to(next(self.process.parameters()))
+            weights.append(simulate_backward(self.process, self._counted, x, generator=generator).log_weight)
+        return torch.cat(weights)
+
+    def eubo(self, n: int, *, seed: int = 0) -> Estimate:
+        """Upper bound of ``log Z`` from ``n`` exact samples of the target."""
+        return estimators.eubo(self.backward_log_weight(n, seed=seed))
+
+    def _batches(self, n: int) -> list[int]:
+        size = max(1, STATES_PER_BATCH // ((self.process.num_steps + 1) * self.target.dim))
+        return [min(size, n - start) for start in range(0, n, size)]

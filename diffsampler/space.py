@@ -29,11 +29,12 @@ LOG_2PI = math.log(2.0 * math.pi)
 class Space(ABC):
     """A space of particles, vectors of ``dim`` numbers with ``dof`` degrees of freedom."""
 
-    def __init__(self, dim: int, dof: int) -> None:
+    def __init__(self, dim: int, dof: int, num_features: int) -> None:
         if dim < 1 or dof < 1:
             raise ValueError(f"Expected a space with at least one degree of freedom; got dim={dim}, dof={dof}.")
         self.dim = dim
         self.dof = dof
+        self.num_features = num_features
 
     @abstractmethod
     def project(self, x: Tensor) -> Tensor:
@@ -53,6 +54,10 @@ class Space(ABC):
             variance: Variances, shape ``(..., 1)`` or ``(..., D)``. Entries that are exactly zero stand for a point
                 mass and contribute nothing (the same point mass appears in both directions and cancels).
         """
+
+    @abstractmethod
+    def features(self, x: Tensor) -> Tensor:
+        """What a network should see of ``x``: shape ``(..., num_features)``, periodic where the space is."""
 
     @final
     def noise(self, shape: tuple[int, ...], *, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -75,13 +80,16 @@ class Euclidean(Space):
     r""":math:`\mathbb{R}^D` with Lebesgue measure."""
 
     def __init__(self, dim: int) -> None:
-        super().__init__(dim, dim)
+        super().__init__(dim, dim, dim)
 
     def project(self, x: Tensor) -> Tensor:
         return x
 
     def project_vector(self, v: Tensor) -> Tensor:
         return v
+
+    def features(self, x: Tensor) -> Tensor:
+        return x
 
     def log_gaussian(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         return _log_normal(x - mean, variance, self.dim)
@@ -97,7 +105,7 @@ class MeanFree(Space):
     """
 
     def __init__(self, n: int, d: int) -> None:
-        super().__init__(n * d, (n - 1) * d)
+        super().__init__(n * d, (n - 1) * d, n * d)
         self.n = n
         self.d = d
 
@@ -107,6 +115,9 @@ class MeanFree(Space):
 
     def project_vector(self, v: Tensor) -> Tensor:
         return self.project(v)
+
+    def features(self, x: Tensor) -> Tensor:
+        return x
 
     def log_gaussian(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         if variance.shape[-1] != 1:
@@ -128,13 +139,16 @@ class Torus(Space):
     uniform_above = 6.0
 
     def __init__(self, m: int) -> None:
-        super().__init__(m, m)
+        super().__init__(m, m, 2 * m)
 
     def project(self, x: Tensor) -> Tensor:
         return torch.remainder(x + math.pi, 2.0 * math.pi) - math.pi
 
     def project_vector(self, v: Tensor) -> Tensor:
         return v
+
+    def features(self, x: Tensor) -> Tensor:
+        return torch.cat([x.sin(), x.cos()], -1)
 
     def log_gaussian(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         delta = self.project(x - mean).double()

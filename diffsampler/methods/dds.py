@@ -1,0 +1,134 @@
+r"""Denoising diffusion sampler: the controlled reversal of a stationary Ornstein-Uhlenbeck process.
+
+With :math:`p_0 = N(0, S^2)`, contractions :math:`a_k` and :math:`\beta_k^2 = 1 - a_k^2`,
+
+.. math::
+   F_k = N(a_k x + S\,\beta_k^2\,u_\theta(t_k, x),\ S^2 \beta_k^2), \qquad B_k = N(a_k x,\ S^2 \beta_k^2).
+
+The exponential integrator keeps :math:`N(0, S^2)` exactly, so the weights are exact for any number of steps.
+
+References:
+    Denoising Diffusion Samplers (Vargas, Grathwohl, Doucet, 2023), https://arxiv.org/abs/2302.13834
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from diffsampler.networks import Control
+from diffsampler.objective import Objective
+from diffsampler.process import Gaussian, Process
+from diffsampler.sampler import DiffusionSampler
+from diffsampler.schedule import NoiseSchedule, cosine_preserving
+from diffsampler.space import Space, Torus
+from diffsampler.target import Target
+
+__all__ = ["DDS", "DDSProcess"]
+
+
+@final
+class DDSProcess(Process):
+    """Controlled reversal of a stationary Ornstein-Uhlenbeck process.
+
+    Arguments:
+        space: Euclidean or mean-free space.
+        schedule: A variance-preserving noise schedule.
+        scale: Standard deviation ``S`` of the prior; it must cover the target.
+        width: Width of the network.
+        point_features: Random Fourier features of the point.
+        detach_score: Whether pathwise losses treat the score as a constant.
+        seed: Seed of the network's initial parameters.
+    """
+
+    scale: Tensor
+    time: Tensor
+    contraction: Tensor
+    variance: Tensor
+    signal: Tensor
+
+    def __init__(
+        self,
+        space: Space,
+        schedule: NoiseSchedule,
+        *,
+        scale: float = 1.0,
+        width: int = 64,
+        point_features: int = 0,
+        detach_score: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if isinstance(space, Torus):
+            raise ValueError("Expected a Euclidean or mean-free space: a torus has no Ornstein-Uhlenbeck process.")
+        if not scale > 0.0:
+            raise ValueError(f"Expected scale > 0; got {scale}.")
+        if not torch.allclose(schedule.contraction.square() + schedule.variance, torch.ones_like(schedule.variance)):
+            raise ValueError("Expected a variance-preserving schedule, a_k^2 + v_k = 1.")
+        num_steps = len(schedule.variance)
+        super().__init__(space, num_steps, detach_score=detach_score)
+        self.register_buffer("scale", torch.tensor(float(scale)))
+        self.register_buffer("time", torch.arange(num_steps + 1) / num_steps)
+        self.register_buffer("contraction", schedule.contraction.float().unsqueeze(-1))
+        self.register_buffer("variance", schedule.variance.float().unsqueeze(-1))
+        self.register_buffer("signal", schedule.total_contraction[:-1].square().float().unsqueeze(-1))
+        generator = torch.Generator().manual_seed(seed)
+        self.control = Control(space, generator=generator, width=width, point_features=point_features)
+
+    def sample_initial(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        return self.scale * self.space.noise((n,), like=self.time, generator=generator)
+
+    def log_initial(self, x: Tensor) -> Tensor:
+        return self.space.log_gaussian(x, torch.zeros_like(x), self.scale.square().reshape(1))
+
+    def forward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
+        assert score is not None
+        residual = self.scale * score + x / self.scale
+        control, _ = self.control(self.time[k], x / self.scale, residual, self.signal[k])
+        variance = self.variance[k]
+        return Gaussian(self.contraction[k] * x + self.scale * variance * control, self.scale.square() * variance)
+
+    def backward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
+        return Gaussian(self.contraction[k] * x, self.scale.square() * self.variance[k])
+
+
+@final
+class DDS(DiffusionSampler):
+    """Denoising diffusion sampler.
+
+    Arguments:
+        target: The density to sample.
+        num_steps: Number of steps ``K``.
+        objective: The loss, log-variance by default.
+        scale: Standard deviation of the prior; it must cover the target.
+        schedule: Variance-preserving noise schedule; cosine steps by default.
+        width: Width of the network.
+        point_features: Random Fourier features of the point; more resolve more modes.
+        detach_score: Whether pathwise losses treat the score as a constant.
+        seed: Seed of the network's initial parameters.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        num_steps: int = 64,
+        objective: Objective | None = None,
+        scale: float = 1.0,
+        schedule: NoiseSchedule | None = None,
+        width: int = 64,
+        point_features: int = 0,
+        detach_score: bool = True,
+        seed: int = 0,
+    ) -> None:
+        process = DDSProcess(
+            target.space,
+            cosine_preserving(num_steps) if schedule is None else schedule,
+            scale=scale,
+            width=width,
+            point_features=point_features,
+            detach_score=detach_score,
+            seed=seed,
+        )
+        super().__init__(target, process, objective)

@@ -1,0 +1,163 @@
+r"""Control networks.
+
+:class:`FourierMLP` maps (time, point) to vectors: random Fourier features of time, and optionally of the point, feed a
+small residual-free MLP whose last layer starts at zero. :class:`Control` adds a gated, clipped feature, usually the
+target's score:
+
+.. math:: u(t, x) = \mathrm{NN}(t, x) + g(t)\, c \tanh(h / c)
+
+Initialization draws from an explicit generator; the global random state is neither read nor moved.
+
+References:
+    Path Integral Sampler (Zhang, Chen, 2022), https://arxiv.org/abs/2111.15141 (network and score gate)
+    Fourier Features Let Networks Learn High Frequency Functions (Tancik et al., 2020), https://arxiv.org/abs/2006.10739
+"""
+
+from __future__ import annotations
+
+import math
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffsampler.space import Space
+
+__all__ = ["Control", "FourierMLP", "clip", "linear"]
+
+
+def clip(x: Tensor, bound: float) -> Tensor:
+    """Smooth elementwise clip to ``(-bound, bound)``, the identity near zero."""
+    return bound * torch.tanh(x / bound)
+
+
+def linear(n_in: int, n_out: int, *, generator: torch.Generator, zero: bool = False) -> nn.Linear:
+    """A linear layer in float32, initialized from ``generator`` (or at zero)."""
+    layer = nn.utils.skip_init(nn.Linear, n_in, n_out)
+    bound = 0.0 if zero else 1.0 / math.sqrt(n_in)
+    for parameter in (layer.weight, layer.bias):
+        nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    return layer
+
+
+@final
+class FourierMLP(nn.Module):
+    """An MLP on points with Fourier features of time.
+
+    Arguments:
+        dim_in: Length of the input vectors.
+        dim_out: Length of the output vectors.
+        generator: Source of the initial parameters.
+        width: Width of the hidden layers.
+        depth: Number of hidden layers after the input layer.
+        frequencies: Number of time frequencies, between 0.1 and 100 radians.
+        point_features: Number of random Fourier features of the point (0: none); they let a small net resolve
+            many modes.
+        feature_scale: Standard deviation of the frequencies of those features per unit of the input.
+    """
+
+    omega: Tensor
+    wave: Tensor
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        *,
+        generator: torch.Generator,
+        width: int = 64,
+        depth: int = 2,
+        frequencies: int = 64,
+        point_features: int = 0,
+        feature_scale: float = 3.0,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("omega", torch.linspace(0.1, 100.0, frequencies))
+        self.phase = nn.Parameter(torch.randn(frequencies, generator=generator))
+        wave = feature_scale * math.sqrt(2.0 / dim_in) * torch.randn(dim_in, point_features, generator=generator)
+        self.register_buffer("wave", wave)
+        self.time_in = linear(2 * frequencies, width, generator=generator)
+        self.time_out = linear(width, width, generator=generator)
+        self.point_in = linear(dim_in + 2 * point_features, width, generator=generator)
+        self.hidden = nn.ModuleList(linear(width, width, generator=generator) for _ in range(depth))
+        self.head = linear(width, dim_out, generator=generator, zero=True)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """Evaluate at times ``t (...)`` and points ``x (..., D)``; ``t`` may have axes of length one."""
+        angle = t.unsqueeze(-1) * self.omega + self.phase
+        time = self.time_out(functional.silu(self.time_in(torch.cat([angle.sin(), angle.cos()], -1))))
+        if self.wave.shape[1]:
+            turn = x @ self.wave
+            x = torch.cat([x, turn.sin(), turn.cos()], -1)
+        h = functional.silu(self.point_in(x) + time)
+        for layer in self.hidden:
+            h = functional.silu(layer(h))
+        return self.head(h)
+
+
+@final
+class Control(nn.Module):
+    r"""A network plus a gated feature, :math:`u = \mathrm{NN}(t, x) + w\, g(t)\, c \tanh(h / c)`.
+
+    Arguments:
+        space: Where the points live; the network sees ``space.features(x)`` and returns tangent vectors.
+        generator: Source of the initial parameters.
+        gate_init: Value of every gate ``g`` before training.
+        bound: The clip ``c`` of the feature, per coordinate; a training aid that never touches the target.
+        feature_input: Whether the network also sees the clipped feature.
+        extra_outputs: Outputs beyond the control itself (for learned variances).
+        width: Width of the hidden layers.
+        depth: Number of hidden layers after the input layer.
+        point_features: Number of random Fourier features of the point.
+    """
+
+    omega: Tensor
+
+    def __init__(
+        self,
+        space: Space,
+        *,
+        generator: torch.Generator,
+        gate_init: float = 1.0,
+        bound: float = 10.0,
+        feature_input: bool = False,
+        extra_outputs: int = 0,
+        width: int = 64,
+        depth: int = 2,
+        point_features: int = 0,
+    ) -> None:
+        super().__init__()
+        self.space = space
+        self.bound = bound
+        self.gate_init = gate_init
+        self.feature_input = feature_input
+        self.net = FourierMLP(
+            space.num_features + (space.dim if feature_input else 0),
+            space.dim + extra_outputs,
+            generator=generator,
+            width=width,
+            depth=depth,
+            point_features=point_features,
+        )
+        self.register_buffer("omega", torch.arange(1, 9) * (0.5 * math.pi))
+        # One gate for all coordinates where the space has no coordinates of its own (mean-free particles).
+        gates = space.dim if space.dof == space.dim else 1
+        self.gate = linear(16, gates, generator=generator, zero=True)
+
+    def forward(self, t: Tensor, x: Tensor, feature: Tensor, weight: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+        """Control ``(..., D)`` and the extra outputs ``(..., extra)`` at times ``t (...)`` and points ``x (..., D)``.
+
+        Arguments:
+            t: Times in [0, 1]; axes of length one stand for a whole batch and are embedded once.
+            x: Points in units of the prior, shape ``(..., D)``.
+            feature: The feature ``h``, shape ``(..., D)``.
+            weight: The factor ``w``, broadcastable to ``(..., D)``.
+        """
+        feature = clip(feature, self.bound)
+        seen = self.space.features(x)
+        out = self.net(t, torch.cat([seen, feature], -1) if self.feature_input else seen)
+        angle = t.unsqueeze(-1) * self.omega
+        gate = self.gate_init + self.gate(torch.cat([angle.sin(), angle.cos()], -1))
+        control = out[..., : self.space.dim] + (weight * gate) * feature
+        return self.space.project_vector(control), out[..., self.space.dim :]

@@ -1,0 +1,109 @@
+r"""A pair of Markov chains with tractable transitions.
+
+Grid :math:`0 = t_0 < \dots < t_K = 1`, particles :math:`x_0 \to x_K`, where :math:`t = 0` is tractable and
+:math:`t = 1` is the target:
+
+* forward: :math:`p_0(x_0) \prod_k F_k(x_{k+1} | x_k)`,
+* backward: :math:`\rho(x_K) \prod_k B_k(x_k | x_{k+1})`.
+
+Both kernels are Gaussians on the target's space. They are functions of the step index, the point and the target's score
+there, so that a whole trajectory is evaluated in one call and no score is computed twice. Every method of the family
+(PIS, DDS, DIS, CMCD, ...) is a choice of these functions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffsampler.space import Space
+
+__all__ = ["Gaussian", "Process"]
+
+
+class Gaussian(NamedTuple):
+    """A Gaussian transition on a space."""
+
+    mean: Tensor
+    """Shape ``(..., D)``."""
+    variance: Tensor
+    """Shape ``(..., 1)`` or ``(..., D)``; exactly zero stands for a point mass shared by both directions."""
+
+
+class Process(nn.Module, ABC):
+    """Initial law and the forward and backward transitions.
+
+    Indices ``k`` are integer tensors that broadcast against the batch shape of ``x``: a scalar during simulation,
+    ``(S, 1)`` against ``(S, B, D)`` when a stretch of a trajectory is evaluated at once. Time is embedded once per
+    entry of ``k``, not once per particle.
+
+    Arguments:
+        space: Where the particles live.
+        num_steps: Number of transitions ``K``.
+        needs_score: Whether the transitions use the target's score.
+        detach_score: Whether the path gradient treats the score as a constant feature.
+        learns_backward: Whether backward kernels have parameters (otherwise their gradient is skipped).
+        learns_initial: Whether the initial law has parameters.
+        has_anchors: Whether :meth:`log_anchor` is defined (needs ``needs_score``).
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        num_steps: int,
+        *,
+        needs_score: bool = True,
+        detach_score: bool = True,
+        learns_backward: bool = False,
+        learns_initial: bool = False,
+        has_anchors: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_steps < 1:
+            raise ValueError(f"Expected num_steps >= 1; got {num_steps}.")
+        self.space = space
+        self.num_steps = num_steps
+        self.needs_score = needs_score
+        self.detach_score = detach_score
+        self.learns_backward = learns_backward
+        self.learns_initial = learns_initial
+        self.has_anchors = has_anchors
+
+    @abstractmethod
+    def sample_initial(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``x_0``, shape ``(n, D)``, in the dtype and on the device of the process; reparameterized."""
+
+    @abstractmethod
+    def log_initial(self, x: Tensor) -> Tensor:
+        """Log density of the initial law at ``x (..., D)``, float64; zero for a point mass."""
+
+    @abstractmethod
+    def forward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
+        """``F_k(. | x_k)`` for ``k`` in ``0..K-1``; ``score`` is the target's score at ``x``."""
+
+    @abstractmethod
+    def backward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
+        """``B_k(. | x_{k+1})`` for ``k`` in ``0..K-1``; ``x`` and ``score`` belong to step ``k + 1``."""
+
+    def log_anchor(self, k: Tensor, x: Tensor, log_prob: Tensor) -> Tensor:
+        """Unnormalized log density ``log pi_k`` that segments of trajectories refer to, shape ``(...)``, float64.
+
+        Arguments:
+            k: Step index, ``0..K``.
+            x: Points, shape ``(..., D)``.
+            log_prob: The target's log density there, shape ``(...)``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no anchor densities.")
+
+    def config(self) -> dict[str, object]:
+        """What identifies the process in a checkpoint."""
+        shapes = {name: tuple(p.shape) for name, p in self.named_parameters()}
+        return {
+            "process": type(self).__name__,
+            "space": repr(self.space),
+            "num_steps": self.num_steps,
+            "shapes": shapes,
+        }

@@ -1,0 +1,368 @@
+r"""The training loop of learned diffusions, written once.
+
+Detached losses never keep a graph over time. Paths are simulated without a graph; the loss is differentiated with
+respect to the per-step log densities only, which gives one coefficient per (step, particle); and the exact parameter
+gradient is the coefficient-weighted sum of :math:`\log B_k - \log F_k`, taken in blocks of rows (constant memory,
+any paths: fresh, replayed or backward).
+
+Checkpoints are written to a temporary file, synced and renamed, so that a kill or a full disk leaves the previous one
+whole; a resumed run repeats the uninterrupted one bit for bit on the same device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffsampler import estimators
+from diffsampler.objective import Objective
+from diffsampler.process import Process
+from diffsampler.target import Target
+from diffsampler.trajectory import (
+    CHUNK_ROWS,
+    Trajectory,
+    cat,
+    chunks,
+    log_kernels,
+    simulate,
+    simulate_backward,
+)
+
+__all__ = ["Recipe", "accumulate_gradient", "fit", "load_checkpoint", "save_checkpoint"]
+
+CHECKPOINT_NAME = "checkpoint.pt"
+FINAL_RATE = 0.03
+"""Learning rate at the end of the cosine decay, as a share of the initial one."""
+SCHEDULE_RATE = 5.0
+"""Learning rate of schedules, step sizes and priors relative to networks: each is one number fed by every row."""
+OBJECTIVE_RATE = 30.0
+"""Learning rate of the objective's own parameters (a learned log Z) relative to networks."""
+MAX_SKIPPED = 100
+"""Consecutive steps without a usable gradient after which training is declared diverged."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. Every entry is part of a checkpoint's identity."""
+
+    steps: int = 2000
+    batch_size: int = 512
+    learning_rate: float = 2e-3
+    seed: int = 0
+    clip_norm: float = 1.0
+    ema_decay: float = 0.998
+    bank_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Expected {name} >= 1; got {getattr(self, name)}.")
+        if self.batch_size < 2:
+            raise ValueError("Expected batch_size >= 2: a variance needs two trajectories.")
+        if not self.learning_rate > 0.0:
+            raise ValueError(f"Expected learning_rate > 0; got {self.learning_rate}.")
+        if not 0.0 <= self.bank_share <= 1.0:
+            raise ValueError(f"Expected bank_share in [0, 1]; got {self.bank_share}.")
+
+
+def accumulate_gradient(
+    process: Process, objective: Objective, trajectory: Trajectory, *, weight: float = 1.0, rows: int = CHUNK_ROWS
+) -> float:
+    """Add the exact gradient of ``weight * objective`` at fixed paths to ``.grad`` and return the loss.
+
+    Arguments:
+        process: The chain that is trained.
+        objective: A detached loss.
+        trajectory: Paths without a graph, from any source, with log densities of the current process.
+        weight: Factor of the gradient.
+        rows: Largest number of (step, particle) rows per network call.
+    """
+    leaves = {
+        name: getattr(trajectory, name).detach().requires_grad_()
+        for name in ("log_forward", "log_backward", "log_initial")
+    }
+    loss = objective(_with(trajectory, leaves))
+    (weight * loss).backward()
+    zero = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    grads = {name: zero[name] if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+    num_steps, batch = trajectory.log_forward.shape
+    for steps, particles in chunks(num_steps, batch, rows):
+        log_f, log_b = log_kernels(
+            process, trajectory.x, trajectory.score, steps, particles, backward=process.learns_backward
+        )
+        assert log_f is not None
+        surrogate = (grads["log_forward"][steps, particles] * log_f).sum()
+        if log_b is not None:
+            surrogate = surrogate + (grads["log_backward"][steps, particles] * log_b).sum()
+        surrogate.backward()
+    if process.learns_initial:
+        (grads["log_initial"] * process.log_initial(trajectory.x[0])).sum().backward()
+    return loss.item()
+
+
+def _with(trajectory: Trajectory, values: dict[str, Tensor]) -> Trajectory:
+    return Trajectory(**{**{name: getattr(trajectory, name) for name in trajectory.__dataclass_fields__}, **values})
+
+
+@dataclass
+class _Run:
+    """Everything that a checkpoint holds besides its identity."""
+
+    process: Process
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    ema: dict[str, Tensor]
+    generator: torch.Generator
+    step: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "process": self.process.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema,
+            "generator": self.generator.get_state(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+            "history": self.history,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.process.load_state_dict(state["process"])
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema = state["ema"]
+        self.generator.set_state(state["generator"].cpu())
+        self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
+        self.history = state["history"]
+
+
+def fit(
+    process: Process,
+    target: Target,
+    objective: Objective,
+    recipe: Recipe,
+    *,
+    bank: Tensor | None = None,
+    spent: Callable[[], float] = lambda: 0.0,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 200,
+    resume: bool = False,
+    identity: dict[str, Any] | None = None,
+    callback: Callable[[dict[str, float]], None] | None = None,
+    log_every: int = 20,
+) -> list[dict[str, float]]:
+    """Train ``process`` in place; at the end it holds the exponential moving average of its parameters.
+
+    Arguments:
+        process: The chain.
+        target: The density.
+        objective: The loss.
+        recipe: Steps, batch size, learning rate, seed.
+        bank: Terminal points ``(m, D)`` to replay backward as ``recipe.bank_share`` of every batch.
+        spent: Share of an outside budget (seconds, evaluations) that is used up; training ends at 1.
+        checkpoint: Folder for ``checkpoint.pt``; None keeps nothing.
+        checkpoint_every: Steps between checkpoints.
+        resume: Continue from the folder's checkpoint if there is one.
+        identity: What the checkpoint must agree with, besides the recipe.
+        callback: Called with every history entry.
+        log_every: Steps between history entries.
+
+    Returns:
+        The history: dicts with step, seconds, loss, elbo, log_normalizer, ess (a fraction), learning_rate.
+
+    Raises:
+        ValueError: If the objective needs what is not given, or a checkpoint belongs to another configuration.
+        RuntimeError: If training diverges.
+    """
+    _check_sources(objective, bank)
+    identity = {**(identity or {}), **process.config(), "objective": type(objective).__name__, **vars(recipe)}
+    run = _start(process, objective, recipe)
+    folder = None if checkpoint is None else Path(checkpoint)
+    if folder is not None and resume and (folder / CHECKPOINT_NAME).exists():
+        run.restore(load_checkpoint(folder, identity))
+    began = time.monotonic() - run.seconds
+    skipped_before = run.skipped
+    while run.step < recipe.steps:
+        share = max(run.step / recipe.steps, spent())
+        if share >= 1.0:
+            break
+        rate = FINAL_RATE + (1.0 - FINAL_RATE) * 0.5 * (1.0 + math.cos(math.pi * share))
+        for group in run.optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * group["factor"] * rate
+        entry = _step(run, target, recipe, bank)
+        run.step += 1
+        run.seconds = time.monotonic() - began
+        skipped_before = run.skipped if entry is not None else skipped_before
+        if run.skipped - skipped_before >= MAX_SKIPPED:
+            raise RuntimeError(
+                f"Training diverged: {MAX_SKIPPED} consecutive steps had no finite gradient. "
+                "Use a smaller learning_rate, or a scale that fits the target."
+            )
+        if entry is not None and (run.step % log_every == 0 or run.step in (1, recipe.steps)):
+            entry.update(step=run.step, seconds=run.seconds, learning_rate=recipe.learning_rate * rate)
+            run.history.append(entry)
+            if callback is not None:
+                callback(entry)
+        if folder is not None and run.step % checkpoint_every == 0:
+            _try_save(folder, identity, run)
+    if folder is not None:
+        _try_save(folder, identity, run)
+    process.load_state_dict({**process.state_dict(), **run.ema})
+    return run.history
+
+
+def _check_sources(objective: Objective, bank: Tensor | None) -> None:
+    name = type(objective).__name__
+    if objective.on_policy_only and bank is not None:
+        raise ValueError(f"{name} needs on-policy trajectories; got a bank of particles to replay.")
+    if objective.needs_backward_paths and bank is None:
+        raise ValueError(f"{name} needs backward trajectories; pass bank=particles (target samples or stored points).")
+
+
+def _start(process: Process, objective: Objective, recipe: Recipe) -> _Run:
+    network = [p for name, p in process.named_parameters() if name.startswith("control.")]
+    schedule = [p for name, p in process.named_parameters() if not name.startswith("control.")]
+    own = [p for p in objective.parameters() if p.requires_grad]
+    groups = [
+        {"params": params, "factor": factor}
+        for params, factor in ((network, 1.0), (schedule, SCHEDULE_RATE), (own, OBJECTIVE_RATE))
+        if params
+    ]
+    # The fused update is several times faster than the default one on small networks.
+    optimizer = torch.optim.Adam(groups, lr=recipe.learning_rate, betas=(0.9, 0.99), fused=True)
+    device = next(process.parameters()).device
+    ema = {name: p.detach().clone() for name, p in process.named_parameters()}
+    generator = torch.Generator(device).manual_seed(recipe.seed)
+    return _Run(process, objective, optimizer, ema, generator)
+
+
+def _step(run: _Run, target: Target, recipe: Recipe, bank: Tensor | None) -> dict[str, float] | None:
+    """One gradient step; None when no finite gradient was found and the parameters stayed as they were."""
+    run.optimizer.zero_grad()
+    weight = 1.0 / run.process.space.dof
+    trajectory = _draw(run, target, recipe, bank)
+    finite = trajectory.log_weight.detach().isfinite()
+    kept = trajectory if bool(finite.all()) else trajectory.select(finite)
+    loss = math.nan
+    if int(finite.sum()) >= 2:
+        if run.objective.needs_path_gradient:
+            value = run.objective(kept)
+            (weight * value).backward()
+            loss = value.item()
+        else:
+            loss = accumulate_gradient(run.process, run.objective, kept, weight=weight)
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, recipe.clip_norm) if math.isfinite(loss) else torch.tensor(math.nan)
+    if not bool(norm.isfinite()):
+        run.skipped += 1
+        return None
+    run.optimizer.step()
+    # Early averages would remember the untrained network: the horizon grows with the number of steps.
+    decay = min(recipe.ema_decay, (1.0 + run.step) / (10.0 + run.step))
+    with torch.no_grad():
+        pairs = [(run.ema[name], p) for name, p in run.process.named_parameters()]
+        torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1.0 - decay)
+    fresh = trajectory.log_weight.detach()[: _fresh_size(recipe, bank)]
+    return _summary(fresh[fresh.isfinite()], loss)
+
+
+def _fresh_size(recipe: Recipe, bank: Tensor | None) -> int:
+    return recipe.batch_size if bank is None else round(recipe.batch_size * (1.0 - recipe.bank_share))
+
+
+def _draw(run: _Run, target: Target, recipe: Recipe, bank: Tensor | None) -> Trajectory:
+    """A batch of paths: fresh ones first, then backward ones from the bank."""
+    process, objective, generator = run.process, run.objective, run.generator
+    fresh = 0 if objective.needs_backward_paths else _fresh_size(recipe, bank)
+    parts = []
+    if fresh:
+        parts.append(simulate(process, target, fresh, generator=generator, path_gradient=objective.needs_path_gradient))
+    if bank is not None and fresh < recipe.batch_size:
+        count = recipe.batch_size - fresh
+        index = torch.randint(bank.shape[0], (count,), generator=generator, device=bank.device)
+        parts.append(simulate_backward(process, target, bank[index], generator=generator))
+    return parts[0] if len(parts) == 1 else cat(*parts)
+
+
+def _summary(log_weight: Tensor, loss: float) -> dict[str, float]:
+    if log_weight.numel() < 2:
+        return {"loss": loss, "elbo": math.nan, "log_normalizer": math.nan, "ess": math.nan}
+    return {
+        "loss": loss,
+        "elbo": float(log_weight.mean()),
+        "log_normalizer": estimators.log_mean_exp(log_weight),
+        "ess": estimators.effective_sample_size(log_weight) / log_weight.numel(),
+    }
+
+
+def _try_save(folder: Path, identity: dict[str, Any], run: _Run) -> None:
+    """A failed write must cost neither the previous checkpoint nor the training in memory."""
+    try:
+        save_checkpoint(folder, identity, run.state())
+    except OSError as error:
+        warnings.warn(
+            f"Could not write the checkpoint of step {run.step} to {folder}: {error}. "
+            "Training goes on; the previous checkpoint, if any, is intact.",
+            stacklevel=3,
+        )
+
+
+def save_checkpoint(folder: str | Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
+    """Write ``checkpoint.pt`` into ``folder`` so that either the old or the new one is there, whole."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _atomic(folder / CHECKPOINT_NAME) as stream:
+        torch.save({"identity": identity, "state": state}, stream)
+
+
+@contextlib.contextmanager
+def _atomic(path: Path) -> Iterator[Any]:
+    """A binary stream that becomes ``path`` only when everything has reached the disk."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(folder: str | Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The state in ``folder``'s checkpoint.
+
+    Raises:
+        ValueError: If it belongs to another configuration; the message says what differs.
+    """
+    path = Path(folder) / CHECKPOINT_NAME
+    content = torch.load(path, weights_only=True)
+    stored = content["identity"]
+    differing = [
+        f"{key}: checkpoint {stored.get(key)!r}, now {identity.get(key)!r}"
+        for key in sorted(set(stored) | set(identity))
+        if stored.get(key) != identity.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"The checkpoint in {folder} belongs to another configuration ({'; '.join(differing)}). "
+            "Use the same settings, another folder, or resume=False."
+        )
+    return content["state"]

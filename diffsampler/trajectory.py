@@ -1,0 +1,267 @@
+r"""Trajectories and the one place where weights are made.
+
+.. math:: \log w = \log \rho(x_K) + \sum_k [\log B_k(x_k | x_{k+1}) - \log F_k(x_{k+1} | x_k)] - \log p_0(x_0)
+   \qquad (W)
+
+:math:`E_F[w] = Z` exactly, for any parameters and any number of steps. Log densities are accumulated in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffsampler.process import Gaussian, Process
+from diffsampler.target import Target
+
+__all__ = ["Trajectory", "cat", "chunks", "log_kernels", "simulate", "simulate_backward"]
+
+CHUNK_ROWS = 8192
+"""(step, particle) rows per batched network call: larger batches stream activations through memory and are slower."""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A batch of ``B`` paths of ``K`` steps with everything that weights and losses need."""
+
+    x: Tensor
+    """States, shape ``(K + 1, B, D)``."""
+    score: Tensor | None
+    """The target's score at the states, shape ``(K + 1, B, D)``, if the process needs it."""
+    log_forward: Tensor
+    """``log F_k(x_{k+1} | x_k)``, shape ``(K, B)``, float64."""
+    log_backward: Tensor
+    """``log B_k(x_k | x_{k+1})``, shape ``(K, B)``, float64."""
+    log_initial: Tensor
+    """``log p_0(x_0)``, shape ``(B,)``, float64."""
+    log_terminal: Tensor
+    """``log rho(x_K)``, shape ``(B,)``, float64."""
+    log_anchor: Tensor | None
+    """Anchor log densities with the end points' own, shape ``(K + 1, B)``, float64, if the process has them."""
+    on_policy: bool
+    """Whether the paths were drawn from the forward chain itself."""
+
+    @property
+    def num_steps(self) -> int:
+        """Number of transitions ``K``."""
+        return self.log_forward.shape[0]
+
+    @property
+    def log_weight(self) -> Tensor:
+        """Formula (W), shape ``(B,)``, float64."""
+        return self.log_terminal + (self.log_backward - self.log_forward).sum(0) - self.log_initial
+
+    def segment_log_weight(self, start: int, stop: int) -> Tensor:
+        r"""Log weight of the steps ``start..stop-1``, shape ``(B,)``; consecutive segments sum to :attr:`log_weight`.
+
+        .. math:: \log G = l_{stop} - l_{start} + \sum_{start \le k < stop} [\log B_k - \log F_k]
+
+        with the anchors :math:`l_k` inside (zero where the process has none), :math:`l_0 = \log p_0` and
+        :math:`l_K = \log \rho`.
+        """
+        if not 0 <= start < stop <= self.num_steps:
+            raise ValueError(f"Expected 0 <= start < stop <= {self.num_steps}; got {start} and {stop}.")
+        ratio = (self.log_backward[start:stop] - self.log_forward[start:stop]).sum(0)
+        return self._level(stop) - self._level(start) + ratio
+
+    def _level(self, k: int) -> Tensor:
+        if k == 0:
+            return self.log_initial
+        if k == self.num_steps:
+            return self.log_terminal
+        return torch.zeros_like(self.log_initial) if self.log_anchor is None else self.log_anchor[k]
+
+    def select(self, index: Tensor) -> Trajectory:
+        """The paths that a boolean mask or an index ``(B,)`` picks."""
+        return replace(
+            self,
+            x=self.x[:, index],
+            score=None if self.score is None else self.score[:, index],
+            log_forward=self.log_forward[:, index],
+            log_backward=self.log_backward[:, index],
+            log_initial=self.log_initial[index],
+            log_terminal=self.log_terminal[index],
+            log_anchor=None if self.log_anchor is None else self.log_anchor[:, index],
+        )
+
+
+def cat(first: Trajectory, second: Trajectory) -> Trajectory:
+    """Join two batches of paths of one process."""
+
+    def join(a: Tensor | None, b: Tensor | None, dim: int) -> Tensor | None:
+        return None if a is None or b is None else torch.cat([a, b], dim)
+
+    return Trajectory(
+        x=torch.cat([first.x, second.x], 1),
+        score=join(first.score, second.score, 1),
+        log_forward=torch.cat([first.log_forward, second.log_forward], 1),
+        log_backward=torch.cat([first.log_backward, second.log_backward], 1),
+        log_initial=torch.cat([first.log_initial, second.log_initial]),
+        log_terminal=torch.cat([first.log_terminal, second.log_terminal]),
+        log_anchor=join(first.log_anchor, second.log_anchor, 1),
+        on_policy=first.on_policy and second.on_policy,
+    )
+
+
+def chunks(num_steps: int, batch: int, rows: int = CHUNK_ROWS) -> list[tuple[slice, slice]]:
+    """Cut ``(K, B)`` into blocks of at most ``rows`` (step, particle) pairs: whole steps while they fit."""
+    steps = max(1, rows // max(batch, 1))
+    return [
+        (slice(s, min(s + steps, num_steps)), slice(b, min(b + rows, batch)))
+        for s in range(0, num_steps, steps)
+        for b in range(0, batch, rows)
+    ]
+
+
+def log_kernels(
+    process: Process,
+    x: Tensor,
+    score: Tensor | None,
+    steps: slice,
+    particles: slice,
+    *,
+    forward: bool = True,
+    backward: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Evaluate ``log F_k`` and ``log B_k``, each ``(S, b)``, on a block of (step, particle) pairs in one call."""
+    k = torch.arange(steps.start, steps.stop, device=x.device).unsqueeze(-1)
+    here, there = x[steps, particles], x[steps.start + 1 : steps.stop + 1, particles]
+    score_here = None if score is None else score[steps, particles]
+    score_there = None if score is None else score[steps.start + 1 : steps.stop + 1, particles]
+    log_f = process.space.log_gaussian(there, *process(k, here, score_here)) if forward else None
+    log_b = process.space.log_gaussian(here, *process.backward(k, there, score_there)) if backward else None
+    return log_f, log_b
+
+
+def simulate(
+    process: Process,
+    target: Target,
+    n: int,
+    *,
+    generator: torch.Generator | None = None,
+    path_gradient: bool = False,
+) -> Trajectory:
+    """Run the forward chain from ``n`` draws of the initial law.
+
+    Arguments:
+        process: The chain.
+        target: The density at its end.
+        n: Number of paths.
+        generator: Source of randomness.
+        path_gradient: Keep the graph through the states (for pathwise losses); otherwise nothing has a graph.
+    """
+    with torch.set_grad_enabled(path_gradient):
+        x = process.sample_initial(n, generator=generator)
+        states, seen, kernels = [x], [], []
+        for k in torch.arange(process.num_steps, device=x.device):
+            seen.append(_observe(process, target, x, path_gradient=path_gradient))
+            kernel = Gaussian(*process(k, x, seen[-1].score))
+            noise = process.space.noise((n,), like=x, generator=generator)
+            x = process.space.project(kernel.mean + kernel.variance.sqrt() * noise)
+            states.append(x)
+            kernels.append(kernel)
+        seen.append(_observe(process, target, x, path_gradient=path_gradient, terminal=True))
+        path, score = torch.stack(states), _stack([s.score for s in seen])
+        mean = torch.stack([kernel.mean for kernel in kernels])
+        variance = torch.stack([kernel.variance.expand(n, kernel.variance.shape[-1]) for kernel in kernels])
+        log_forward = process.space.log_gaussian(path[1:], mean, variance)
+        log_backward = _log_all(process, path, score, forward=False)[1]
+        return _record(process, path, score, seen, log_forward, log_backward, on_policy=True)
+
+
+def simulate_backward(
+    process: Process, target: Target, x: Tensor, *, generator: torch.Generator | None = None
+) -> Trajectory:
+    """Run the backward chain from terminal points ``x (n, D)``, without a graph.
+
+    With exact samples of the target this gives upper bounds of ``log Z``; with any other points, replayed paths for
+    off-policy losses.
+    """
+    with torch.no_grad():
+        seen = [_observe(process, target, x, path_gradient=False, terminal=True)]
+        states = [x]
+        for k in torch.arange(process.num_steps - 1, -1, -1, device=x.device):
+            kernel = process.backward(k, x, seen[-1].score)
+            noise = process.space.noise((x.shape[0],), like=x, generator=generator)
+            x = process.space.project(kernel.mean + kernel.variance.sqrt() * noise)
+            seen.append(_observe(process, target, x, path_gradient=False))
+            states.append(x)
+        seen.reverse()
+        path, score = torch.stack(states[::-1]), _stack([s.score for s in seen])
+        log_forward, log_backward = _log_all(process, path, score)
+        return _record(process, path, score, seen, log_forward, log_backward, on_policy=False)
+
+
+class _Seen(NamedTuple):
+    """What the target said about one state."""
+
+    log_prob: Tensor | None
+    score: Tensor | None
+
+
+def _observe(process: Process, target: Target, x: Tensor, *, path_gradient: bool, terminal: bool = False) -> _Seen:
+    """Density and score at a state, each computed only if somebody needs it."""
+    if not process.needs_score:
+        return _Seen(target.log_prob(x).double() if terminal else None, None)
+    if not path_gradient:
+        log_prob, score = target.log_prob_and_score(x)
+        return _Seen(log_prob.double(), score.to(x.dtype))
+    score = target.score(x, create_graph=not process.detach_score).to(x.dtype)
+    needs_density = terminal or process.has_anchors
+    return _Seen(target.log_prob(x).double() if needs_density else None, score)
+
+
+def _stack(scores: list[Tensor | None]) -> Tensor | None:
+    present = [s for s in scores if s is not None]
+    return torch.stack(present) if present else None
+
+
+def _log_all(process: Process, x: Tensor, score: Tensor | None, *, forward: bool = True) -> tuple[Tensor, Tensor]:
+    """Both kernels along whole paths, ``(K, B)`` each, in blocks; without ``forward`` the first is empty."""
+    num_steps, batch = x.shape[0] - 1, x.shape[1]
+    # Under a path gradient the blocks share one graph; cutting them would only add nodes.
+    rows = num_steps * batch if torch.is_grad_enabled() else CHUNK_ROWS
+    log_f = x.new_empty((num_steps if forward else 0, batch), dtype=torch.float64)
+    log_b = x.new_empty((num_steps, batch), dtype=torch.float64)
+    blocks = chunks(num_steps, batch, rows)
+    if len(blocks) == 1:
+        f, b = log_kernels(process, x, score, *blocks[0], forward=forward)
+        return (log_f if f is None else f), b  # type: ignore[return-value]
+    for steps, particles in blocks:
+        f, b = log_kernels(process, x, score, steps, particles, forward=forward)
+        log_b[steps, particles] = b  # type: ignore[assignment]
+        if f is not None:
+            log_f[steps, particles] = f
+    return log_f, log_b
+
+
+def _record(
+    process: Process,
+    x: Tensor,
+    score: Tensor | None,
+    seen: list[_Seen],
+    log_forward: Tensor,
+    log_backward: Tensor,
+    *,
+    on_policy: bool,
+) -> Trajectory:
+    log_terminal = seen[-1].log_prob
+    log_initial = process.log_initial(x[0])
+    anchor = None
+    if process.has_anchors:
+        levels = torch.stack([s.log_prob for s in seen])  # type: ignore[misc]
+        k = torch.arange(process.num_steps + 1, device=x.device).unsqueeze(-1)
+        anchor = process.log_anchor(k, x, levels)
+    return Trajectory(
+        x=x,
+        score=score,
+        log_forward=log_forward,
+        log_backward=log_backward,
+        log_initial=log_initial,
+        log_terminal=log_terminal,  # type: ignore[arg-type]
+        log_anchor=anchor,
+        on_policy=on_policy,
+    )
