@@ -159,7 +159,7 @@ class EightSchools(Target):
 
 
 def _pooled(log_tau: Tensor, y: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Given :math:`\tau`: log density of the data, and mean and standard deviation of :math:`\mu | y`; all ``(m,)``."""
+    r"""Given :math:`\tau`: log density of the data, mean and standard deviation of :math:`\mu | y`; all ``(m,)``."""
     variance = (2.0 * log_tau).exp().unsqueeze(-1) + sigma.square()
     precision = variance.reciprocal().sum(-1) + PRIOR_SCALE**-2
     center = (y / variance).sum(-1) / precision

@@ -120,9 +120,7 @@ class StudentT(Target):
         nu = checks.positive("df", df, ()).item()
         super().__init__(Euclidean(dim), log_normalizer=0.0, has_sampler=True)
         self.df = nu
-        self.log_constant = (
-            math.lgamma(0.5 * (nu + dim)) - math.lgamma(0.5 * nu) - 0.5 * dim * math.log(math.pi * nu)
-        )
+        self.log_constant = math.lgamma(0.5 * (nu + dim)) - math.lgamma(0.5 * nu) - 0.5 * dim * math.log(math.pi * nu)
 
     def log_prob(self, x: Tensor) -> Tensor:
         return self.log_constant - 0.5 * (self.df + self.dim) * torch.log1p(x.square().sum(-1) / self.df)
