@@ -4,10 +4,10 @@ The path is geometric,
 
 .. math:: \log \gamma_\beta(x) = (1 - \beta) \log p_0(x) + \beta \log \rho(x), \qquad 0 \le \beta \le 1,
 
-from a normalized reference :math:`p_0` to the target :math:`\rho = Z \pi`. With the prior as the reference this is
-likelihood tempering. At each temperature every particle is reweighted by :math:`(\rho / p_0)^{\Delta\beta}`, islands
-are resampled when their weights degenerate, and a Markov kernel moves all particles. The mean weight of an island is its
-estimate of :math:`Z`; islands are independent once the schedule is frozen, and then :math:`E[\hat Z] = Z` exactly.
+from a normalized reference :math:`p_0` to the target :math:`\rho = Z \pi`. With the prior as the reference this
+is likelihood tempering. At each temperature every particle is reweighted by :math:`(\rho / p_0)^{\Delta\beta}`, islands
+are resampled when their weights degenerate, and a Markov kernel moves all particles. The mean weight of an island is
+its estimate of :math:`Z`; islands are independent once the schedule is frozen, and then :math:`E[\hat Z] = Z` exactly.
 
 References:
     Sequential Monte Carlo samplers (Del Moral, Doucet & Jasra, 2006), https://doi.org/10.1111/j.1467-9868.2006.00553.x
@@ -29,36 +29,13 @@ from torch import Tensor
 
 from diffsampler.estimators import systematic_resample
 from diffsampler.kernel import Kernel, KernelParams, State
-from diffsampler.kernels.adaptation import RobbinsMonro, reasonable_step_size, spread
+from diffsampler.kernels.adaptation import RobbinsMonro, reasonable_step_size, spread, worst_reach
 from diffsampler.kernels.hmc import HMC
 from diffsampler.kernels.metropolis import is_broken
 from diffsampler.particles import Particles
-from diffsampler.space import Space
-from diffsampler.tempering import Points, TemperedDensity, TemperedPath, Transport, next_beta
+from diffsampler.tempering import Points, Schedule, TemperedDensity, TemperedPath, Transport, next_beta
 
 __all__ = ["Points", "SMCResult", "Schedule", "TemperedDensity", "TemperedPath", "Transport", "smc"]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Everything that an adaptive pass chose; a pass that repeats it is unbiased for ``Z``.
-
-    Arguments:
-        betas: Temperatures after 0, increasing; the last is 1 if the pass finished.
-        step_sizes: Step size at each temperature.
-        scales: Metric at each temperature, ``(D,)`` or ``(1,)`` each.
-        num_moves: Kernel steps at each temperature.
-        resampled: Whether islands were resampled before the moves.
-    """
-
-    betas: tuple[float, ...] = ()
-    step_sizes: tuple[float, ...] = ()
-    scales: tuple[Tensor, ...] = ()
-    num_moves: tuple[int, ...] = ()
-    resampled: tuple[bool, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.betas)
 
 
 @dataclass(frozen=True)
@@ -77,7 +54,8 @@ class SMCResult:
         effective_ancestors: Effective number of reference draws per island, one over the sum of squared family
             weights, ``(num_islands,)``, float64.
         evaluations: Points at which the target was evaluated, over both passes.
-        nonfinite: Reference draws lost to non-finite values plus proposals refused for them, over both passes.
+        nonfinite: Reference draws lost to non-finite values (they alone are in ``particles.nonfinite``) plus proposals
+            refused for them, over both passes.
         adaptive: The adaptive pass, where this is the frozen one that followed it.
     """
 
@@ -104,15 +82,16 @@ class _Population(NamedTuple):
     beta: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """Choices of one pass that do not change along it."""
+    """The arguments of :func:`smc`, checked."""
 
     path: TemperedPath
+    n: int
+    generator: torch.Generator
+    num_islands: int
     kernel: Kernel
     coordinates: Transport | None
-    num_islands: int
-    generator: torch.Generator
     conditional_ess: float
     resample_below: float
     num_moves: int | None
@@ -120,6 +99,23 @@ class _Settings:
     final_moves: int
     growth: float
     step_size: float | None
+    max_temperatures: int
+    dtype: torch.dtype
+    stop: Callable[[], bool] | None
+    progress: Callable[[float], None] | None
+
+    def __post_init__(self) -> None:
+        n, islands = self.n, self.num_islands
+        if islands < 1 or n < 2 * islands or n % islands:
+            raise ValueError(f"Expected n to be a multiple of num_islands={islands}, at least twice it; got {n}.")
+        if not 0.0 < self.conditional_ess < 1.0:
+            raise ValueError(f"Expected conditional_ess in (0, 1); got {self.conditional_ess}.")
+        if self.num_moves is not None and self.num_moves < 1:
+            raise ValueError(f"Expected num_moves to be a positive integer; got {self.num_moves}.")
+        if self.max_moves < 2:
+            raise ValueError(f"Expected max_moves to be at least 2; got {self.max_moves}.")
+        if self.step_size is not None and not self.step_size > 0.0:
+            raise ValueError(f"Expected step_size to be positive; got {self.step_size}.")
 
 
 @dataclass
@@ -133,7 +129,8 @@ class _Log:
     resampled: list[bool] = field(default_factory=list)
     acceptance: list[float] = field(default_factory=list)
     evaluations: int = 0
-    nonfinite: int = 0
+    lost: int = 0
+    refused: int = 0
 
     def schedule(self) -> Schedule:
         return Schedule(
@@ -174,18 +171,17 @@ def smc(
         n: Number of particles, a multiple of ``num_islands``.
         generator: Source of randomness; its device is where the particles live.
         num_islands: Equal contiguous blocks that are resampled each by itself.
-        kernel: Transition; HMC with 1 to 6 leapfrog steps and mixed step sizes by default. With an unadjusted kernel
-            the path weight takes its ``Info.log_ratio``; it then needs ``step_size`` and ``num_moves``.
+        kernel: Transition; HMC of 1 to 6 leapfrog steps and mixed step sizes by default. With an unadjusted kernel the
+            weights take its ``Info.log_ratio``; it needs ``step_size`` and ``num_moves``.
         coordinates: Moves happen in ``z``, ``x = T(z)``; in ``x`` itself by default.
         schedule: Repeat this schedule with everything frozen, so that ``E[mean weight] = Z`` exactly.
         two_pass: Run an adaptive pass, then a frozen one with fresh randomness, and return the latter.
         conditional_ess: Fraction in (0, 1) that sets the next temperature, pooled over islands.
         resample_below: Resample all islands when their mean ESS falls below this fraction; 1 or more for always.
-        num_moves: Kernel steps per temperature. By default they are repeated until the clipped squared jump distance
-            of the worst coordinate, relative to its variance, grows by less than ``growth``.
+        num_moves: Kernel steps per temperature; by default until the slowest coordinate's ``worst_reach`` settles.
         max_moves: Most kernel steps per temperature; the fewest are 2.
         final_moves: Fewest kernel steps at temperature 1.
-        growth: See ``num_moves``.
+        growth: The reach has settled when a step adds less than this fraction.
         step_size: First step size, in units of the population's spread; found by doubling by default.
         max_temperatures: Give up after so many.
         dtype: Dtype of the particles; weights are float64 always.
@@ -193,81 +189,47 @@ def smc(
         progress: Told each temperature reached.
 
     Raises:
-        ValueError: If sizes do not fit, or the target is finite at none of the reference draws.
+        ValueError: If arguments do not fit, or the target is finite at none of the reference draws.
     """
-    kernel = HMC(path.space, num_steps=6, smallest_step=0.15) if kernel is None else kernel
-    _check(n, num_islands, conditional_ess, kernel, step_size, num_moves, schedule, two_pass)
-    settings = _Settings(
-        path,
-        kernel,
-        coordinates,
-        num_islands,
-        generator,
-        conditional_ess,
-        resample_below,
-        num_moves,
-        max(max_moves, 2),
-        final_moves,
-        growth,
-        step_size,
-    )
-    limits = (max_temperatures, dtype, stop, progress)
-    first = _run(settings, schedule, n, *limits)
-    if not two_pass or not first.finished:
-        return first
-    return _run(settings, first.schedule, n, *limits, adaptive=first)
+    arguments = dict(locals())
+    del arguments["schedule"], arguments["two_pass"]
+    arguments["kernel"] = kernel or HMC(path.space, num_steps=6, smallest_step=0.15)
+    settings = _Settings(**arguments)
+    _check_schedule(settings, schedule, two_pass=two_pass)
+    first = _run(settings, schedule)
+    return _run(settings, first.schedule, adaptive=first) if two_pass and first.finished else first
 
 
-def _check(
-    n: int,
-    num_islands: int,
-    conditional_ess: float,
-    kernel: Kernel,
-    step_size: float | None,
-    num_moves: int | None,
-    schedule: Schedule | None,
-    two_pass: bool,  # noqa: FBT001
-) -> None:
-    if num_islands < 1 or n < 2 * num_islands or n % num_islands:
-        raise ValueError(f"Expected n to be a multiple of num_islands={num_islands}, at least twice it; got {n}.")
-    if not 0.0 < conditional_ess < 1.0:
-        raise ValueError(f"Expected conditional_ess in (0, 1); got {conditional_ess}.")
-    if schedule is not None and two_pass:
-        raise ValueError("Expected either schedule or two_pass=True, not both.")
-    if schedule is not None and (not schedule.betas or schedule.betas[-1] != 1.0):
+def _check_schedule(settings: _Settings, schedule: Schedule | None, *, two_pass: bool) -> None:
+    if schedule is None:
+        if not settings.kernel.exact and (settings.step_size is None or settings.num_moves is None):
+            name = type(settings.kernel).__name__
+            raise ValueError(f"Expected step_size and num_moves with the unadjusted kernel {name}; got None.")
+        return
+    if two_pass:
+        raise ValueError("Expected at most one of schedule and two_pass=True; got both.")
+    if not schedule.betas or schedule.betas[-1] != 1.0:
         raise ValueError("Expected a schedule that ends at temperature 1; got an unfinished one.")
-    if schedule is None and not kernel.exact and (step_size is None or num_moves is None):
-        raise ValueError(f"Expected step_size and num_moves with the unadjusted kernel {type(kernel).__name__}.")
 
 
-def _run(
-    settings: _Settings,
-    frozen: Schedule | None,
-    n: int,
-    max_temperatures: int,
-    dtype: torch.dtype,
-    stop: Callable[[], bool] | None,
-    progress: Callable[[float], None] | None,
-    *,
-    adaptive: SMCResult | None = None,
-) -> SMCResult:
+def _run(settings: _Settings, frozen: Schedule | None, *, adaptive: SMCResult | None = None) -> SMCResult:
     log = _Log()
-    population = _start(settings, n, dtype, log)
-    length = max_temperatures if frozen is None else len(frozen)
-    for k in range(length):
-        if stop is not None and stop():
+    population = _start(settings, log)
+    for k in range(settings.max_temperatures if frozen is None else len(frozen)):
+        if settings.stop is not None and settings.stop():
             break
         population = _reweight(settings, population, None if frozen is None else frozen.betas[k], log)
-        population = _resample(settings, population, None if frozen is None else frozen.resampled[k], log)
-        population = _move(settings, population, None if frozen is None else frozen, k, log)
-        if progress is not None:
-            progress(population.beta)
+        population = _resample(settings, population, log, decided=None if frozen is None else frozen.resampled[k])
+        population = _move(settings, population, frozen, k, log)
+        if settings.progress is not None:
+            settings.progress(population.beta)
         if population.beta == 1.0:
             break
     return _result(settings, population, log, adaptive)
 
 
-def _start(settings: _Settings, n: int, dtype: torch.dtype, log: _Log) -> _Population:
+def _start(settings: _Settings, log: _Log) -> _Population:
+    n, dtype = settings.n, settings.dtype
     path, transport, device = settings.path, settings.coordinates, settings.generator.device
     x = path.reference.sample(n, generator=settings.generator).to(device=device, dtype=dtype)
     z, lost = x, torch.zeros(n, dtype=torch.bool, device=device)
@@ -283,7 +245,7 @@ def _start(settings: _Settings, n: int, dtype: torch.dtype, log: _Log) -> _Popul
     points = path.evaluate(z, x)
     log.evaluations += n
     lost = lost | is_broken(State(x, points.log_target, points.score_target)) | ~points.log_reference.isfinite()
-    log.nonfinite += int(lost.sum())
+    log.lost += int(lost.sum())
     log_weight = torch.zeros(n, dtype=torch.float64, device=device).masked_fill(lost, -math.inf)
     if bool((lost | points.log_target.isneginf()).all()):
         raise ValueError(f"Expected a finite target density at some of the {n} reference draws; got none.")
@@ -301,7 +263,7 @@ def _reweight(settings: _Settings, population: _Population, beta: float | None, 
     return population._replace(log_weight=log_weight + (beta - population.beta) * slope, beta=beta)
 
 
-def _resample(settings: _Settings, population: _Population, decided: bool | None, log: _Log) -> _Population:  # noqa: FBT001
+def _resample(settings: _Settings, population: _Population, log: _Log, *, decided: bool | None) -> _Population:
     blocks = population.log_weight.reshape(settings.num_islands, -1)
     size = blocks.shape[1]
     log_total = torch.logsumexp(blocks, -1, keepdim=True)
@@ -342,7 +304,7 @@ def _move(settings: _Settings, population: _Population, frozen: Schedule | None,
         state, info = kernel.step(state, density, params, generator)
         points = density.points(state, points)
         moves += 1
-        log.nonfinite += int((info.nonfinite & before.log_prob.isfinite()).sum())
+        log.refused += int((info.nonfinite & before.log_prob.isfinite()).sum())
         acceptance = float((weight * info.acceptance).sum())
         total += acceptance
         if not kernel.exact:
@@ -353,7 +315,7 @@ def _move(settings: _Settings, population: _Population, frozen: Schedule | None,
         if kernel.exact:
             tuned = tuner.update(tuned, acceptance)
         if settings.num_moves is None:
-            previous, reach = reach, _worst_reach(space, points.z, start, scale, weight)
+            previous, reach = reach, worst_reach(space, points.z, start, scale, weight)
             fewest = settings.final_moves if population.beta == 1.0 else 2
             if moves >= fewest and reach < (1.0 + settings.growth) * previous:
                 break
@@ -387,24 +349,19 @@ def _first_step_size(settings: _Settings, state: State, density: TemperedDensity
     return step_size
 
 
-def _worst_reach(space: Space, z: Tensor, start: Tensor, scale: Tensor, weight: Tensor) -> float:
-    """Smallest over coordinates of the mean squared jump since ``start`` in units of the variance, clipped at 4."""
-    jump = space.project(z - start) / scale.to(z)
-    return float((weight.unsqueeze(-1) * jump.square().clamp_max(4.0)).sum(0).min())
-
-
 def _result(settings: _Settings, population: _Population, log: _Log, adaptive: SMCResult | None) -> SMCResult:
     points, log_weight, islands = population.points, population.log_weight, settings.num_islands
+    nonfinite = log.lost + log.refused
     if adaptive is not None:
         log.evaluations += adaptive.evaluations
-        log.nonfinite += adaptive.nonfinite
+        nonfinite += adaptive.nonfinite
     size = log_weight.shape[0] // islands
     blocks = log_weight.reshape(islands, -1)
     dead = blocks.isneginf().all(-1, keepdim=True)
     weight = torch.softmax(torch.where(dead, torch.zeros_like(blocks), blocks), -1).reshape(-1)
     family = torch.zeros_like(weight).index_add_(0, population.ancestors, weight).reshape(islands, size)
     effective = torch.where(dead.squeeze(-1), torch.zeros_like(family[:, 0]), 1.0 / family.square().sum(-1))
-    particles = Particles(points.x, log_weight, replicates=islands, nonfinite=log.nonfinite)
+    particles = Particles(points.x, log_weight, replicates=islands, nonfinite=log.lost)
     return SMCResult(
         particles=particles,
         schedule=log.schedule(),
@@ -416,6 +373,6 @@ def _result(settings: _Settings, population: _Population, log: _Log, adaptive: S
         ancestors=population.ancestors,
         effective_ancestors=effective,
         evaluations=log.evaluations,
-        nonfinite=log.nonfinite,
+        nonfinite=nonfinite,
         adaptive=adaptive,
     )

@@ -10,6 +10,7 @@ optionally seen in other coordinates ``x = T(z)``.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, final
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from diffsampler.kernel import State
 from diffsampler.target import Target
 
-__all__ = ["Points", "TemperedDensity", "TemperedPath", "Transport", "next_beta"]
+__all__ = ["Points", "Schedule", "TemperedDensity", "TemperedPath", "Transport", "next_beta"]
 
 
 class Transport(Protocol):
@@ -169,6 +170,28 @@ class TemperedDensity:
             total = (x * score.to(x)).sum() + log_det.sum()
         (score,) = torch.autograd.grad(total, z)
         return log_prob + log_det.detach().double(), score
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Everything that an adaptive pass chose; a pass that repeats it is unbiased for ``Z``.
+
+    Arguments:
+        betas: Temperatures after 0, increasing; the last is 1 if the pass finished.
+        step_sizes: Step size at each temperature.
+        scales: Metric at each temperature, ``(D,)`` or ``(1,)`` each.
+        num_moves: Kernel steps at each temperature.
+        resampled: Whether islands were resampled before the moves.
+    """
+
+    betas: tuple[float, ...] = ()
+    step_sizes: tuple[float, ...] = ()
+    scales: tuple[Tensor, ...] = ()
+    num_moves: tuple[int, ...] = ()
+    resampled: tuple[bool, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.betas)
 
 
 def next_beta(log_weight: Tensor, slope: Tensor, beta: float, fraction: float) -> float:

@@ -29,6 +29,7 @@ __all__ = [
     "VarianceState",
     "reasonable_step_size",
     "spread",
+    "worst_reach",
 ]
 
 
@@ -182,6 +183,24 @@ def _metric(space: Space, variance: Tensor) -> Tensor:
     if not bool(good.any()):
         return torch.ones_like(variance)
     return torch.where(good, variance, variance[good].median()).sqrt()
+
+
+def worst_reach(space: Space, x: Tensor, start: Tensor, scale: Tensor, weight: Tensor) -> float:
+    """How far a population has moved: mean squared jump of the slowest coordinate in units of its variance.
+
+    Arguments:
+        space: Where the particles live.
+        x: Where they are, shape ``(n, D)``.
+        start: Where they were, shape ``(n, D)``.
+        scale: Standard deviations, ``(D,)`` or ``(1,)``.
+        weight: Normalized weights, shape ``(n,)``.
+
+    Returns:
+        The smallest over coordinates, 1.5 for independent draws of a Gaussian. Jumps are clipped at two standard
+        deviations, so that a few particles in the tails cannot speak for all.
+    """
+    jump = space.project(x - start) / scale.to(x)
+    return float((weight.unsqueeze(-1) * jump.square().clamp_max(4.0)).sum(0).min())
 
 
 def reasonable_step_size(
