@@ -30,8 +30,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "process": ("networks",),
     "trajectory": ("process",),
     "objective": ("trajectory", "estimators"),
-    "sampler": ("objective", "particles"),
-    "smc": ("kernels", "sampler"),
+    "training": ("objective",),
+    "sampler": ("training", "particles"),
+    "tempering": ("kernel", "target"),
+    "smc": ("tempering", "kernels", "sampler"),
     "pilot": ("smc",),
     "methods": ("sampler",),
     "plotting": ("estimators",),
@@ -201,20 +203,31 @@ def forked_lines(tree: ast.AST) -> set[int]:
     return {line for block in blocks for line in range(block.lineno, (block.end_lineno or block.lineno) + 1)}
 
 
+def restored_lines(tree: ast.AST) -> set[int]:
+    """Lines inside ``try: ... finally:`` where the last block sets what the first one set."""
+    lines: set[int] = set()
+    for block in (node for node in ast.walk(tree) if isinstance(node, ast.Try)):
+        restores = any(function in ast.unparse(statement) for statement in block.finalbody for function in GLOBAL_STATE)
+        if restores:
+            lines |= set(range(block.lineno, (block.end_lineno or block.lineno) + 1))
+    return lines
+
+
 def check_global_state(name: str, source: str) -> list[str]:
     problems = []
     tree = ast.parse(source)
-    forked = forked_lines(tree)
+    forked, restored = forked_lines(tree), restored_lines(tree) if unit_of(name) == "integrations" else set()
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or node.lineno in forked:
             continue
         called = ast.unparse(node.func)
         owner, _, function = called.rpartition(".")
-        if owner in STATEFUL_MODULES and function in GLOBAL_STATE:
+        if owner in STATEFUL_MODULES and function in GLOBAL_STATE and node.lineno not in restored:
             problems.append(f"{name}:{node.lineno}: {called} changes global state")
         keywords = {keyword.arg for keyword in node.keywords}
+        # Models of Pyro draw from the global generator whatever we do: integrations run them under fork_rng.
         drawn = (owner == "torch" and function in RANDOM_FUNCTIONS) or function in RANDOM_METHODS
-        if drawn and not keywords & {"generator", None}:
+        if drawn and unit_of(name) != "integrations" and not keywords & {"generator", None}:
             problems.append(f"{name}:{node.lineno}: {called} without an explicit generator")
     return problems
 
@@ -314,6 +327,7 @@ VIOLATIONS = [
     (check_pyro, "baselines.nuts", "import pyro.poutine\n", "belongs into integrations"),
     (check_global_state, "sampler", "torch.manual_seed(0)\n", "changes global state"),
     (check_global_state, "networks", "torch.set_default_dtype(torch.float64)\n", "changes global state"),
+    (check_global_state, "integrations.pyro", "torch.set_default_dtype(torch.float64)\n", "changes global state"),
     (check_global_state, "kernels.hmc", "x = torch.randn(3)\n", "without an explicit generator"),
     (check_global_state, "networks", "weight.normal_(0.0, 1.0)\n", "without an explicit generator"),
     (check_print, "sampler", "def f():\n    print('loss')\n", "print in the library"),
@@ -346,6 +360,11 @@ ALLOWED = [
     (check_pyro, "estimators", "from pyro.ops.stats import fit_generalized_pareto\n"),
     (check_global_state, "sampler", "g = torch.Generator().manual_seed(0)\nx = torch.randn(3, generator=g)\n"),
     (check_global_state, "baselines.nuts", "with torch.random.fork_rng():\n    torch.manual_seed(0)\n"),
+    (
+        check_global_state,
+        "integrations.pyro",
+        "try:\n    torch.set_default_dtype(a)\nfinally:\n    torch.set_default_dtype(b)\n",
+    ),
     (check_print, "__main__", "print('table')\n"),
 ]
 
