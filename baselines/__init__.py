@@ -1,0 +1,23 @@
+"""Complete classical samplers, to compare with and to fall back on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from diffsampler.baselines.hmc import HMC
+from diffsampler.baselines.langevin import MALA, ULA
+from diffsampler.baselines.smc import SMC
+
+if TYPE_CHECKING:
+    from diffsampler.baselines.pyro_nuts import PyroNUTS
+
+__all__ = ["HMC", "MALA", "SMC", "ULA", "PyroNUTS"]
+
+
+def __getattr__(name: str) -> Any:
+    # Pyro's inference machinery is loaded by those who ask for it.
+    if name == "PyroNUTS":
+        from diffsampler.baselines.pyro_nuts import PyroNUTS
+
+        return PyroNUTS
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

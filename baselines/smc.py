@@ -1,0 +1,123 @@
+"""Adaptive tempered sequential Monte Carlo as a sampler."""
+
+from __future__ import annotations
+
+import math
+from typing import final
+
+import torch
+from torch import Tensor
+
+from diffsampler.kernel import Kernel
+from diffsampler.particles import Particles
+from diffsampler.sampler import Sampler
+from diffsampler.smc import smc
+from diffsampler.space import Space
+from diffsampler.target import Target
+from diffsampler.tempering import TemperedPath
+
+__all__ = ["SMC", "GaussianReference"]
+
+
+@final
+class GaussianReference(Target):
+    """Isotropic normalized Gaussian about the origin, on any space (wrapped on a torus).
+
+    Arguments:
+        space: Where it lives.
+        scale: Standard deviation.
+    """
+
+    def __init__(self, space: Space, *, scale: float) -> None:
+        if not (scale > 0.0 and math.isfinite(scale)):
+            raise ValueError(f"Expected a positive scale; got {scale}.")
+        super().__init__(space, log_normalizer=0.0, has_sampler=True)
+        self.scale = scale
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.space.log_gaussian(x, torch.zeros_like(x), torch.full_like(x[..., :1], self.scale**2))
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        device = None if generator is None else generator.device
+        like = torch.zeros((), dtype=torch.float64, device=device)
+        return self.space.project(self.scale * self.space.noise((n,), like=like, generator=generator))
+
+
+@final
+class SMC(Sampler):
+    """Adaptive tempered SMC, by default with a second, frozen pass whose normalizer is unbiased.
+
+    Reference:
+        Sequential Monte Carlo samplers (Del Moral, Doucet & Jasra, 2006),
+        https://doi.org/10.1111/j.1467-9868.2006.00553.x
+
+    Arguments:
+        target: The density.
+        reference: Normalized law to start from, with a sampler; the target's prior by default.
+        reference_scale: Standard deviation of a Gaussian reference, for targets without a prior. It must be wide
+            enough to cover the target.
+        kernel: Transition; HMC with mixed step sizes by default.
+        num_islands: Independent islands, whose spread is the error bar of the normalizer.
+        two_pass: Whether to repeat the adapted schedule frozen.
+        conditional_ess: Fraction that sets the temperatures.
+        num_moves: Kernel steps per temperature; adaptive by default.
+        step_size: First step size; found by default.
+        dtype: Dtype of the particles.
+
+    Raises:
+        ValueError: If neither a prior nor exactly one of ``reference`` and ``reference_scale`` is there.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        reference: Target | None = None,
+        reference_scale: float | None = None,
+        kernel: Kernel | None = None,
+        num_islands: int = 16,
+        two_pass: bool = True,
+        conditional_ess: float = 0.7,
+        num_moves: int | None = None,
+        step_size: float | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        if reference is not None and reference_scale is not None:
+            raise ValueError("Expected at most one of reference and reference_scale; got both.")
+        if reference_scale is not None:
+            reference = GaussianReference(target.space, scale=reference_scale)
+        reference = target.prior if reference is None else reference
+        if reference is None:
+            raise ValueError("Expected reference or reference_scale for a target without a prior; got neither.")
+        self.target = target
+        self.path = TemperedPath(reference, target)
+        self.kernel = kernel
+        self.num_islands = num_islands
+        self.two_pass = two_pass
+        self.conditional_ess = conditional_ess
+        self.num_moves = num_moves
+        self.step_size = step_size
+        self.dtype = dtype
+
+    def sample(self, n: int, *, seed: int = 0) -> Particles:
+        """Draw ``n`` weighted particles, rounded up to a multiple of ``num_islands``.
+
+        Raises:
+            RuntimeError: If temperature 1 is not reached, which an improper target brings about.
+        """
+        size = max(math.ceil(n / self.num_islands), 2)
+        result = smc(
+            self.path,
+            n=size * self.num_islands,
+            generator=torch.Generator().manual_seed(seed),
+            num_islands=self.num_islands,
+            kernel=self.kernel,
+            two_pass=self.two_pass,
+            conditional_ess=self.conditional_ess,
+            num_moves=self.num_moves,
+            step_size=self.step_size,
+            dtype=self.dtype,
+        )
+        if not result.finished:
+            raise RuntimeError(f"Expected to reach temperature 1; got stuck at {result.beta}. Is the target proper?")
+        return result.particles
