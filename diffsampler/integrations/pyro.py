@@ -125,13 +125,13 @@ class PyroTarget(Target):
             if name not in values:
                 raise ValueError(f"Expected values of all sites {self.names}; got {sorted(values)}.")
             batch = values[name].shape[: values[name].ndim - len(site.unconstrained)]
-            parts.append(values[name].reshape(*batch, -1))
+            parts.append(values[name].reshape((*batch, -1)))
         return torch.cat(parts, -1)
 
     def unflatten(self, x: Tensor) -> dict[str, Tensor]:
         """Split ``(..., D)`` into the unconstrained values ``(..., *shape)`` of each site."""
         sites = self._model.sites.items()
-        return {name: x[..., site.entries].reshape(*x.shape[:-1], *site.unconstrained) for name, site in sites}
+        return {name: x[..., site.entries].reshape(x.shape[:-1] + site.unconstrained) for name, site in sites}
 
 
 @final
@@ -274,9 +274,9 @@ def _constrain(model: Model, x: Tensor, *, deterministic: bool = False) -> dict[
     dim = sum(math.prod(site.unconstrained) for site in model.sites.values())
 
     def one(point: Tensor) -> dict[str, Tensor]:
-        handler = model.substitute(point, likelihood=False)
+        handler = model.substitute(point, likelihood=False, whole=deterministic)
         return handler.values | (handler.deterministic if deterministic else {})
 
     with torch.no_grad():
         values = model.batch(one, _rows(x, dim))
-    return {name: value.to(x.dtype).reshape(*x.shape[:-1], *value.shape[1:]) for name, value in values.items()}
+    return {name: value.to(x.dtype).reshape(x.shape[:-1] + value.shape[1:]) for name, value in values.items()}

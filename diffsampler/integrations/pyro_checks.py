@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyro
 import torch
@@ -18,6 +18,7 @@ from diffsampler.integrations.pyro_density import Draw, Latent, Model, Site, Sub
 __all__ = ["check_batch", "check_density", "draw_plan", "flatten", "layout", "prototypes", "seeded", "unconstrain"]
 
 NUM_PROBES = 6
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -31,12 +32,24 @@ def seeded(generator: torch.Generator | None) -> Iterator[None]:
 
 
 def prototypes(model: Model) -> list[Draw]:
-    """Forward runs that fix the layout; the first one with validation as the user set it."""
+    """Forward runs that fix the layout, with validation as the user set it.
+
+    A draw of the prior may be one that the model cannot handle (a covariance that is not positive definite), so only
+    a model that fails at every draw is refused, with its own error.
+    """
     seeds = torch.Generator().manual_seed(0)
-    draws = []
-    for index in range(NUM_PROBES):
-        with seeded(seeds):
-            draws.append(_first_draw(model) if index == 0 else _plain_draw(model))
+    draws: list[Draw] = []
+    errors: list[Exception] = []
+    for _ in range(4 * NUM_PROBES):
+        try:
+            with seeded(seeds):
+                draws.append(_promoting(model, _draw))
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            errors.append(error)
+        if len(draws) == NUM_PROBES:
+            break
+    if not draws:
+        raise errors[0]
     discrete = sorted({name for draw in draws for name in draw.discrete})
     if discrete:
         raise ValueError(
@@ -52,21 +65,25 @@ def prototypes(model: Model) -> list[Draw]:
     return draws
 
 
-def _plain_draw(model: Model) -> Draw:
-    with model.scope():
+def _draw(model: Model) -> Draw:
+    with model.scope(validate=True):
         return model.draw()
 
 
-def _first_draw(model: Model) -> Draw:
+def _promoting(model: Model, function: Callable[[Model], T]) -> T:
+    """Call a function of the model; where it mixes dtypes, once more with promotion, which then stays on."""
     try:
-        with model.scope(validate=True):
-            return model.draw()
+        return function(model)
+    except torch.linalg.LinAlgError:
+        raise
     except RuntimeError as error:
+        if model.promote:
+            raise
         model.promote = True
         try:
-            with model.scope(validate=True):
-                return model.draw()
+            return function(model)
         except RuntimeError:
+            model.promote = False
             raise error from None
 
 
@@ -87,13 +104,8 @@ def flatten(sites: dict[str, Site], latents: dict[str, Latent]) -> Tensor:
 def check_density(model: Model, points: Tensor) -> None:
     """The density, one point at a time: defined, the same twice, and finite somewhere."""
     model.vectorized = False
-    try:
-        values = _total(model, points)
-    except RuntimeError as error:
-        if model.promote or isinstance(error, torch.linalg.LinAlgError):
-            raise
-        model.promote = True
-        values = _total(model, points)
+    _promoting(model, lambda model: _validate(model, points))
+    values = _total(model, points)
     again = _total(model, points)
     if not torch.equal(values.nan_to_num(), again.nan_to_num()):
         raise ValueError(
@@ -107,6 +119,19 @@ def check_density(model: Model, points: Tensor) -> None:
             f"(first: log prior {float(handler.log_prior):.4g}, log likelihood {float(handler.log_likelihood):.4g} at "
             f"{ {name: value.tolist() for name, value in handler.values.items()} })."
         )
+
+
+def _validate(model: Model, points: Tensor) -> None:
+    """Observed values must be in their support; with validation on, Pyro says so itself."""
+    errors: list[Exception] = []
+    for point in points:
+        try:
+            with model.scope(point.device, validate=True):
+                model.substitute(point, likelihood=True)
+            return
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _total(model: Model, points: Tensor) -> Tensor:
@@ -137,7 +162,7 @@ def check_batch(model: Model, points: Tensor) -> None:
     warnings.warn(
         f"Evaluating this Pyro model with a Python loop over points, which is slow: {reason}.",
         UserWarning,
-        stacklevel=4,
+        stacklevel=3,
     )
 
 

@@ -63,6 +63,10 @@ class Latent(NamedTuple):
     """Whether its law depends on other latent sites (known under vmap only)."""
 
 
+class _Complete(BaseException):
+    """Leaves a model once its last latent site is known; not an Exception, so that no model catches it."""
+
+
 class Substitute(Messenger):
     """Sets latent sites from one unconstrained vector and adds up log densities.
 
@@ -70,10 +74,12 @@ class Substitute(Messenger):
         sites: Layout of the vector.
         x: The vector, shape ``(D,)``.
         likelihood: Whether to evaluate observed sites and factors.
+        whole: Whether to run the model to its end; otherwise it is left after the last latent site.
     """
 
-    def __init__(self, sites: dict[str, Site], x: Tensor, *, likelihood: bool) -> None:
+    def __init__(self, sites: dict[str, Site], x: Tensor, *, likelihood: bool, whole: bool) -> None:
         super().__init__()
+        self.whole = whole
         self.sites = sites
         self.x = x
         self.likelihood = likelihood
@@ -100,6 +106,8 @@ class Substitute(Messenger):
         self.log_prior = self.log_prior + log_prob.sum() + transform.log_abs_det_jacobian(u, value).sum()
         self.values[name] = msg["value"] = value
         msg["done"] = True
+        if not self.whole and len(self.values) == len(self.sites):
+            raise _Complete
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if not msg["is_observed"]:
@@ -115,10 +123,16 @@ class Substitute(Messenger):
 
 
 class Draw(Messenger):
-    """Runs the model forward and records its latent sites; sites in ``given`` are set instead of drawn."""
+    """Runs the model forward and records its latent sites.
 
-    def __init__(self, given: dict[str, Tensor] | None = None) -> None:
+    Arguments:
+        given: Sites that are set instead of drawn.
+        num_sites: Number of latent sites after which the model is left; None to run it to its end.
+    """
+
+    def __init__(self, given: dict[str, Tensor] | None = None, *, num_sites: int | None = None) -> None:
         super().__init__()
+        self.num_sites = num_sites
         self.given = {} if given is None else given
         self.latents: dict[str, Latent] = {}
         self.discrete: list[str] = []
@@ -150,6 +164,8 @@ class Draw(Messenger):
         self.latents[name] = Latent(value, transform.inv(value), fn, proper, _is_batched(fn))
         msg["value"] = value
         msg["done"] = True
+        if len(self.latents) == self.num_sites:
+            raise _Complete
 
     def _pyro_post_param(self, msg: Any) -> None:
         msg["value"] = msg["value"].detach()
@@ -173,40 +189,49 @@ class Model:
 
     @contextlib.contextmanager
     def scope(self, device: torch.device | None = None, *, validate: bool = False) -> Iterator[None]:
-        """Settings under which the model runs; all of them are restored on exit. Arguments follow ``device``."""
+        """Settings under which the model runs; all of them are restored on exit.
+
+        Arguments:
+            device: Where the arguments and new tensors of the model shall be; as they are if None.
+            validate: Leave validation as the user set it instead of switching it off.
+        """
         if device is not None and device != self.device:
             self.args, self.kwargs = _convert((self.args, self.kwargs), device)
             self.device = device
         dtype = torch.get_default_dtype()
         # Pyro restores torch's validation switch to its own; the two may differ.
         switch = torch.distributions.Distribution._validate_args
-        with contextlib.ExitStack() as stack:
-            if not validate:
-                stack.enter_context(validation_enabled(is_validate=False))
-            if self.promote:
-                stack.enter_context(_Promote())
-            if device is not None and device.type != "cpu":
-                stack.enter_context(device)
-            try:
+        try:
+            with contextlib.ExitStack() as stack:
+                if not validate:
+                    stack.enter_context(validation_enabled(is_validate=False))
+                if self.promote:
+                    stack.enter_context(_Promote())
+                if device is not None and device.type != "cpu":
+                    stack.enter_context(device)
                 torch.set_default_dtype(torch.float64)
                 yield
-            finally:
-                torch.set_default_dtype(dtype)
-                torch.distributions.Distribution._validate_args = switch
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.distributions.Distribution._validate_args = switch
 
-    def substitute(self, x: Tensor, *, likelihood: bool) -> Substitute:
-        """Run the model at one point ``(D,)``, inside :meth:`scope`."""
-        with Substitute(self.sites, x, likelihood=likelihood) as handler:
-            self.function(*self.args, **self.kwargs)
+    def substitute(self, x: Tensor, *, likelihood: bool, whole: bool = False) -> Substitute:
+        """Run the model at one point ``(D,)``, inside :meth:`scope`; to its end for the likelihood or if ``whole``."""
+        handler = Substitute(self.sites, x, likelihood=likelihood, whole=whole or likelihood)
+        self._run(handler)
         if len(handler.values) != len(self.sites):
             raise ValueError(_changed(set(self.sites), set(handler.values)))
         return handler
 
     def draw(self, given: dict[str, Tensor] | None = None) -> Draw:
-        """Run the model forward once, inside :meth:`scope`."""
-        with Draw(given) as handler:
-            self.function(*self.args, **self.kwargs)
+        """Run the model forward once, inside :meth:`scope`; to its end as long as its sites are not known."""
+        handler = Draw(given, num_sites=len(self.sites) or None)
+        self._run(handler)
         return handler
+
+    def _run(self, handler: Messenger) -> None:
+        with contextlib.suppress(_Complete), handler:
+            self.function(*self.args, **self.kwargs)
 
     def batch(self, function: Callable[..., Any], rows: Any, *, randomness: str = "error") -> Any:
         """Map a function of one point over the first axis of ``rows`` (a tensor or a dict of tensors)."""
