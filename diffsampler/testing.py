@@ -96,14 +96,15 @@ def _worst(a: Tensor, b: Tensor) -> float:
 
 
 def _check_shapes(target: Target, x: Tensor) -> None:
+    before, count = x.clone(), len(x) - len(x) % 2
     with torch.no_grad():
         flat = target.log_prob(x)
+    _require(torch.equal(before, x), "Expected log_prob to leave its input unchanged; it was written to.")
     _require(flat.shape == x.shape[:1], f"Expected log_prob of shape {tuple(x.shape[:1])}; got {tuple(flat.shape)}.")
     bad = ~torch.isfinite(flat)
     _require(
         not bad.any(), f"Expected log_prob to be finite at all points; got {bad.sum().item()} values that are not."
     )
-    before, count = x.clone(), len(x) - len(x) % 2
     for view in (x[0], x[:1], x[:0], x[:count].unflatten(0, (2, -1)), x[:count].unflatten(0, (2, 1, -1))):
         shape = tuple(view.shape[:-1])
         with torch.no_grad():
@@ -120,7 +121,6 @@ def _check_shapes(target: Target, x: Tensor) -> None:
         if view.numel():
             error = _worst(value.reshape(-1), flat[: value.numel()])
             _require(error < 1e-9, f"Expected the same log_prob in any batch shape; got {error:.2g} off for {shape}.")
-    _require(torch.equal(before, x), "Expected log_prob to leave its input unchanged; it was written to.")
 
 
 def _check_precision(target: Target, x: Tensor) -> None:

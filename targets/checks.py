@@ -12,7 +12,8 @@ __all__ = ["array", "cholesky", "integer", "positive"]
 
 def array(name: str, value: Tensor | Sequence[object] | float, *shapes: tuple[int | None, ...]) -> Tensor:
     """A finite float64 copy of ``value`` whose shape is one of ``shapes`` (None stands for any length)."""
-    tensor = torch.as_tensor(value).detach().to(torch.float64, copy=True)
+    # The dtype is given at once: a list of Python floats would otherwise pass through float32.
+    tensor = torch.as_tensor(value, dtype=torch.float64).detach().clone()
     if not any(_fits(tuple(tensor.shape), shape) for shape in shapes):
         wanted = " or ".join(str(shape).replace("None", "*") for shape in shapes)
         raise ValueError(f"Expected {name} of shape {wanted}; got {tuple(tensor.shape)}.")

@@ -150,8 +150,10 @@ class GaussianMixture(Target):
             return log_prob, -torch.einsum("...ki,kij->...j", pull, whitening)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        component = torch.multinomial(self.weights.double(), n, replacement=True, generator=generator)
-        z = torch.randn(n, self.dim, generator=generator, dtype=torch.float64, device=self.means.device)
+        u = torch.rand(n, generator=generator, dtype=torch.float64, device=self.means.device)
+        # The last edge is left out, so rounding in the sum cannot lead past the last component.
+        component = torch.searchsorted(self.weights.double().cumsum(0)[:-1], u, right=True)
+        z = torch.randn(n, self.dim, generator=generator, dtype=u.dtype, device=u.device)
         factor = self.factors.to(z)[component]
         step = z * factor if self.diagonal else (factor @ z.unsqueeze(-1)).squeeze(-1)
         return self.means.to(z)[component] + step
