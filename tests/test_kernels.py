@@ -1,0 +1,472 @@
+"""Markov kernels: closed forms, exactness at bad step sizes, path weights, and controls that must fail.
+
+Statistical tests compare with k standard errors over independent chains; the false-alarm rate of each is stated. Seeds
+are fixed, so a pass stays a pass until the code changes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffsampler.kernel import Info, Kernel, KernelParams, State
+from diffsampler.kernels import (
+    HMC,
+    MALA,
+    ULA,
+    DualAveraging,
+    PooledVariance,
+    RobbinsMonro,
+    reasonable_step_size,
+    spread,
+)
+from diffsampler.kernels.hmc import leapfrog
+from diffsampler.kernels.metropolis import metropolis
+from diffsampler.space import Euclidean, MeanFree, Space, Torus
+
+F64 = torch.float64
+
+
+def gaussian(x: Tensor) -> tuple[Tensor, Tensor]:
+    """N(0, 1) in every coordinate, unnormalized."""
+    return -0.5 * x.square().sum(-1), -x
+
+
+def double_well(x: Tensor) -> tuple[Tensor, Tensor]:
+    """One double well per coordinate: log density -(x^2 - 1)^2 + x/2."""
+    well = x.square() - 1.0
+    return (-well.square() + 0.5 * x).sum(-1), -4.0 * x * well + 0.5
+
+
+def well_moments() -> tuple[float, float]:
+    """Mean and mean square of :func:`double_well` by quadrature."""
+    x = torch.linspace(-4.0, 4.0, 20001, dtype=F64)
+    weight = double_well(x.unsqueeze(-1))[0].exp()
+    weight = weight / weight.sum()
+    return float((weight * x).sum()), float((weight * x.square()).sum())
+
+
+def params(step_size: float, scale: float = 1.0) -> KernelParams:
+    return KernelParams(torch.tensor(step_size, dtype=F64), torch.full((1,), scale, dtype=F64))
+
+
+def run(kernel: Kernel, x: Tensor, density, step_size: float, *, steps: int, seed: int = 0) -> tuple[State, list[Info]]:
+    generator = torch.Generator().manual_seed(seed)
+    state, infos = kernel.init(x, density), []
+    for _ in range(steps):
+        state, info = kernel.step(state, density, params(step_size), generator)
+        infos.append(info)
+    return state, infos
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def deviation(values: Tensor, truth: float) -> float:
+    """Distance of the mean from the truth in standard errors, over independent chains."""
+    return abs(float((values.mean() - truth) / (values.std() / math.sqrt(values.numel()))))
+
+
+class EnergyOnly(Kernel):
+    """A wrong MALA: the Langevin proposal accepted by the energies alone."""
+
+    exact = True
+    target_acceptance = 0.574
+
+    def step(self, state, log_density, params, generator=None):
+        proposal, _ = ULA(self.space).step(state, log_density, params, generator)
+        log_accept = proposal.log_prob - state.log_prob
+        broken = torch.zeros_like(log_accept, dtype=torch.bool)
+        state, acceptance, log_ratio = metropolis(state, proposal, log_accept, broken=broken, generator=generator)
+        return state, Info(log_ratio, acceptance, 1, broken)
+
+
+# Closed forms
+
+
+@pytest.mark.parametrize("step_size", [0.2, 0.5, 1.0])
+def test_ula_stationary_variance(step_size: float):
+    state, _ = run(ULA(Euclidean(1)), normal(20000, 1), gaussian, step_size, steps=40)
+    truth = 1.0 / (1.0 - 0.5 * step_size)
+    # 5 standard errors: false alarm 6e-7.
+    assert deviation(state.x.square().flatten(), truth) < 5.0
+    assert deviation(state.x.square().flatten(), 1.0) > 5.0
+
+
+def test_leapfrog_is_reversible():
+    x, v = normal(50, 3), normal(50, 3, seed=2)
+    space, step = Euclidean(3), torch.tensor(0.11, dtype=F64)
+    start = State(x, *double_well(x))
+    end, velocity, _ = leapfrog(space, start, v, double_well, step, num_steps=25)
+    back, velocity, lost = leapfrog(space, end, -velocity, double_well, step, num_steps=25)
+    assert float((end.x - x).abs().max()) > 0.5
+    assert torch.allclose(back.x, x, atol=1e-10, rtol=0.0)
+    assert torch.allclose(-velocity, v, atol=1e-10, rtol=0.0)
+    assert not bool(lost.any())
+
+
+def test_leapfrog_keeps_volume():
+    step = torch.tensor(0.2, dtype=F64) * torch.tensor([0.5, 1.0, 2.0], dtype=F64)
+
+    def flow(phase: Tensor) -> Tensor:
+        x, v = phase[:3], phase[3:]
+        end, velocity, _ = leapfrog(Euclidean(3), State(x, *double_well(x)), v, double_well, step, num_steps=7)
+        return torch.cat([end.x, velocity])
+
+    jacobian = torch.autograd.functional.jacobian(flow, normal(6))
+    assert abs(float(torch.linalg.det(jacobian)) - 1.0) < 1e-10
+
+
+def test_ula_ratio_is_the_ratio_of_its_transition_densities():
+    space, h = Euclidean(3), 0.07
+    scale = torch.tensor([0.5, 1.0, 3.0], dtype=F64)
+    old = ULA(space).init(normal(40, 3), double_well)
+    generator = torch.Generator().manual_seed(0)
+    new, info = ULA(space).step(old, double_well, KernelParams(torch.tensor(h, dtype=F64), scale), generator)
+
+    def log_transition(start: State, end: State) -> Tensor:
+        law = torch.distributions.Normal(start.x + h * scale**2 * start.score, math.sqrt(2.0 * h) * scale)
+        return law.log_prob(end.x).sum(-1)
+
+    assert torch.allclose(info.log_ratio, log_transition(new, old) - log_transition(old, new), atol=1e-10)
+
+
+@pytest.mark.parametrize("kernel", [MALA(Euclidean(3)), HMC(Euclidean(3), num_steps=4)])
+def test_exact_kernels_ratio_is_the_difference_of_log_densities(kernel: Kernel):
+    old = kernel.init(normal(200, 3), double_well)
+    new, info = kernel.step(old, double_well, params(0.2), torch.Generator().manual_seed(0))
+    moved = (new.x != old.x).any(-1)
+    assert 0 < int(moved.sum()) < 200
+    assert torch.equal(info.log_ratio, old.log_prob - new.log_prob)
+    assert float(info.log_ratio[~moved].abs().max()) == 0.0
+    value, score = double_well(new.x)
+    assert torch.allclose(new.log_prob, value) and torch.allclose(new.score, score)
+
+
+# Exactness
+
+EXACT = [
+    (MALA(Euclidean(2)), 0.05, (0.8, 0.95)),
+    (MALA(Euclidean(2)), 0.3, (0.2, 0.4)),
+    (HMC(Euclidean(2), num_steps=1, jitter_steps=False), 0.65, (0.3, 0.5)),
+    (HMC(Euclidean(2), num_steps=5), 0.1, (0.97, 1.0)),
+    (HMC(Euclidean(2), num_steps=5), 0.6, (0.15, 0.35)),
+    (HMC(Euclidean(2), num_steps=6, smallest_step=0.15), 0.6, (0.5, 0.85)),
+]
+
+
+@pytest.mark.parametrize(("kernel", "step_size", "band"), EXACT)
+def test_exact_kernels_have_exact_moments_at_bad_step_sizes(
+    kernel: Kernel, step_size: float, band: tuple[float, float]
+):
+    state, infos = run(kernel, normal(6000, 2), double_well, step_size, steps=120 if step_size > 0.2 else 300)
+    acceptance = float(torch.stack([info.acceptance for info in infos]).mean())
+    assert band[0] < acceptance < band[1]
+    mean, square = well_moments()
+    # 4.5 standard errors, two statistics: false alarm 1.4e-5.
+    assert deviation(state.x.mean(-1), mean) < 4.5
+    assert deviation(state.x.square().mean(-1), square) < 4.5
+
+
+def test_energy_only_acceptance_is_wrong():
+    right, _ = run(MALA(Euclidean(1)), normal(5000, 1), gaussian, 0.5, steps=60)
+    wrong, _ = run(EnergyOnly(Euclidean(1)), normal(5000, 1), gaussian, 0.5, steps=60)
+    assert deviation(right.x.square().flatten(), 1.0) < 4.5
+    assert deviation(wrong.x.square().flatten(), 1.0) > 10.0
+    # At small steps such a chain samples the square of the density, variance 1/2.
+    assert float(wrong.x.var()) < 0.7
+
+
+def test_recording_accepted_states_only_is_wrong():
+    kernel, generator = MALA(Euclidean(1)), torch.Generator().manual_seed(0)
+    state, every, accepted = kernel.init(normal(3000, 1), gaussian), [], []
+    for _ in range(40):
+        before = state
+        state, _ = kernel.step(state, gaussian, params(1.5), generator)
+        every.append(state.x.square().mean(0))
+        accepted.append(state.x[state.x != before.x].square().mean())
+    # 120,000 draws of integrated autocorrelation time below 5: standard error below 0.01, false alarm below 1e-5.
+    assert abs(float(torch.stack(every).mean()) - 1.0) < 0.045
+    assert float(torch.stack(accepted).mean()) > 1.1
+
+
+def permutation_p(a: Tensor, b: Tensor, *, permutations: int = 999) -> float:
+    """p-value of the energy distance between two samples of equal size."""
+    pooled, n = torch.cat([a, b]), a.shape[0]
+    distance = torch.cdist(pooled, pooled)
+    sign = torch.cat([torch.ones(n, dtype=F64), -torch.ones(n, dtype=F64)])
+    generator = torch.Generator().manual_seed(5)
+    signs = torch.stack([sign] + [sign[torch.randperm(2 * n, generator=generator)] for _ in range(permutations)])
+    statistic = -((signs @ distance) * signs).sum(-1)
+    return float((statistic >= statistic[0] - 1e-9).double().mean())
+
+
+MEANS = torch.tensor([[-2.0, 0.0], [2.0, 1.0], [0.0, -2.0]], dtype=F64)
+
+
+def mixture(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Three equal Gaussians of standard deviation 0.6."""
+    delta = (MEANS - x.unsqueeze(-2)) / 0.36
+    log_parts = -0.5 * 0.36 * delta.square().sum(-1)
+    return torch.logsumexp(log_parts, -1), (torch.softmax(log_parts, -1).unsqueeze(-1) * delta).sum(-2)
+
+
+def mixture_draws(n: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.randint(3, (n,), generator=generator)
+    return MEANS[label] + 0.6 * torch.randn(n, 2, generator=generator, dtype=F64)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "step_size"),
+    [
+        (MALA(Euclidean(2)), 0.3),
+        (HMC(Euclidean(2), num_steps=5), 0.7),
+        (HMC(Euclidean(2), num_steps=5, smallest_step=0.15), 0.9),
+    ],
+)
+def test_exact_draws_stay_exact(kernel: Kernel, step_size: float):
+    state, _ = run(kernel, mixture_draws(700, 1), mixture, step_size, steps=50)
+    # False alarm 1e-3 per case.
+    assert permutation_p(state.x, mixture_draws(700, 2)) > 1e-3
+
+
+def test_permutation_test_sees_the_bias_of_ula():
+    state, _ = run(ULA(Euclidean(2)), mixture_draws(700, 1), mixture, 0.5, steps=50)
+    assert permutation_p(state.x, mixture_draws(700, 2)) <= 1e-3
+
+
+# Path weights
+
+
+def annealed_log_weights(kernel: Kernel, step_size: float, *, n: int, honest: bool = True) -> Tensor:
+    """Log weights of annealing N(0, 2^2) to a narrow off-centre Gaussian of mass 3, by Info.log_ratio alone."""
+    sigma, mean, log_z = 0.5, 1.0, math.log(3.0)
+    generator = torch.Generator().manual_seed(3)
+    space = Euclidean(1)
+
+    def ends(x: Tensor) -> tuple[Tensor, Tensor]:
+        low = space.log_gaussian(x, torch.zeros_like(x), torch.full_like(x, 4.0))
+        high = space.log_gaussian(x, torch.full_like(x, mean), torch.full_like(x, sigma**2)) + log_z
+        return low, high
+
+    x = 2.0 * torch.randn(n, 1, generator=generator, dtype=F64)
+    log_weight = -ends(x)[0]
+    for beta in torch.linspace(0.0, 1.0, 8, dtype=F64)[1:].tolist():
+
+        def density(x: Tensor, beta: float = beta) -> tuple[Tensor, Tensor]:
+            low, high = ends(x)
+            score = -(1.0 - beta) * x / 4.0 - beta * (x - mean) / sigma**2
+            return (1.0 - beta) * low + beta * high, score
+
+        state = kernel.init(x, density)
+        for _ in range(2):
+            state, info = kernel.step(state, density, params(step_size), generator)
+            log_weight = log_weight + (info.log_ratio if honest else 0.0)
+        x = state.x
+    return log_weight + ends(x)[1] - log_z
+
+
+KERNELS = [(ULA(Euclidean(1)), 0.08), (MALA(Euclidean(1)), 0.3), (HMC(Euclidean(1), num_steps=3), 0.5)]
+
+
+@pytest.mark.parametrize(("kernel", "step_size"), KERNELS)
+def test_annealing_by_log_ratio_is_unbiased(kernel: Kernel, step_size: float):
+    # 4 standard errors over 20,000 independent replicates: false alarm 6e-5.
+    assert deviation(annealed_log_weights(kernel, step_size, n=20000).exp(), 1.0) < 4.0
+
+
+@pytest.mark.parametrize(("kernel", "step_size"), KERNELS)
+def test_annealing_without_log_ratio_is_biased(kernel: Kernel, step_size: float):
+    assert deviation(annealed_log_weights(kernel, step_size, n=20000, honest=False).exp(), 1.0) > 8.0
+
+
+# Spaces, batches, failures
+
+
+def kernels_on(space: Space) -> list[tuple[Kernel, float]]:
+    return [(ULA(space), 0.05), (MALA(space), 0.2), (HMC(space, num_steps=4, smallest_step=0.5), 0.4)]
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_mean_free_keeps_the_centre_of_mass(index: int):
+    space = MeanFree(4, 2)
+    kernel, step_size = kernels_on(space)[index]
+    x = space.project(normal(2000, 8))
+    # The score of this density points off the hyperplane; the kernel must project it.
+    state, _ = run(kernel, x, lambda x: (-0.5 * x.square().sum(-1), -x + 3.0), step_size, steps=40)
+    centre = state.x.unflatten(-1, (4, 2)).mean(-2)
+    assert float(centre.abs().max()) < 1e-12
+    if kernel.exact:
+        # 6 degrees of freedom, each of variance 1; 4.5 standard errors: false alarm 7e-6.
+        assert deviation(state.x.square().sum(-1), 6.0) < 4.5
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_torus_wraps(index: int):
+    space = Torus(2)
+    kernel, step_size = kernels_on(space)[index]
+    x = space.project(3.0 * normal(4000, 2))
+
+    def von_mises(x: Tensor) -> tuple[Tensor, Tensor]:
+        return 0.7 * torch.cos(x).sum(-1), -0.7 * torch.sin(x)
+
+    # Steps so long that proposals go around.
+    state, _ = run(kernel, x, von_mises, 8.0 * step_size if kernel.exact else step_size, steps=40)
+    assert float(state.x.abs().max()) <= math.pi
+    if kernel.exact:
+        truth = float(torch.special.i1(torch.tensor(0.7, dtype=F64)) / torch.special.i0(torch.tensor(0.7, dtype=F64)))
+        # 4.5 standard errors: false alarm 7e-6.
+        assert deviation(torch.cos(state.x).mean(-1), truth) < 4.5
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_any_batch_shape_and_per_particle_steps(index: int):
+    kernel, step_size = kernels_on(Euclidean(2))[index]
+    x = normal(3, 5, 2)
+    steps = torch.full((3, 5), step_size, dtype=F64)
+    steps[0] = 0.0
+    sizes = KernelParams(steps, torch.ones(2, dtype=F64))
+    state, info = kernel.step(kernel.init(x, gaussian), gaussian, sizes, torch.Generator().manual_seed(0))
+    assert state.x.shape == x.shape and state.log_prob.shape == info.log_ratio.shape == info.nonfinite.shape == (3, 5)
+    assert info.log_ratio.dtype == F64
+    assert torch.equal(state.x[0], x[0]) and not torch.equal(state.x[1], x[1])
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_same_seed_same_numbers(index: int):
+    kernel, step_size = kernels_on(Euclidean(2))[index]
+    first, _ = run(kernel, normal(20, 2), mixture, step_size, steps=5, seed=7)
+    again, _ = run(kernel, normal(20, 2), mixture, step_size, steps=5, seed=7)
+    other, _ = run(kernel, normal(20, 2), mixture, step_size, steps=5, seed=8)
+    assert torch.equal(first.x, again.x) and not torch.equal(first.x, other.x)
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_float32_particles_stay_float32(index: int):
+    kernel, step_size = kernels_on(Euclidean(2))[index]
+    state, infos = run(kernel, normal(20, 2).float(), gaussian, step_size, steps=2)
+    assert state.x.dtype == state.score.dtype == torch.float32 and infos[0].log_ratio.dtype == F64
+
+
+@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_broken_proposals_are_refused_and_counted(index: int, bad: float):
+    kernel, step_size = kernels_on(Euclidean(1))[index]
+    seen = []
+
+    def half(x: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(x)
+        log_prob, score = gaussian(x)
+        return torch.where(x[..., 0] > 0.0, log_prob, torch.full_like(log_prob, bad)), score
+
+    state, infos = run(kernel, normal(4000, 1).abs(), half, step_size, steps=30)
+    assert bool((state.x > 0.0).all()) and bool(state.log_prob.isfinite().all())
+    assert all(0 < int(info.nonfinite.sum()) < 4000 for info in infos)
+    assert all(bool(x.isfinite().all()) for x in seen)
+    if kernel.exact:
+        # The half-normal law, mean square 1; 4.5 standard errors: false alarm 7e-6.
+        assert deviation(state.x.square().flatten(), 1.0) < 4.5
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_runaway_trajectories_never_reach_the_density_as_non_numbers(index: int):
+    kernel, _ = kernels_on(Euclidean(1))[index]
+
+    def steep(x: Tensor) -> tuple[Tensor, Tensor]:
+        assert bool(x.isfinite().all())
+        return -x.square().square().sum(-1), -4.0 * x**3
+
+    # The step throws everybody to infinity within a few leapfrog steps.
+    x = 1e3 * normal(50, 1)
+    generator = torch.Generator().manual_seed(0)
+    huge = KernelParams(torch.tensor(1e150, dtype=F64), torch.tensor([1e150], dtype=F64))
+    state, info = kernel.step(kernel.init(x, steep), steep, huge, generator)
+    assert torch.equal(state.x, x) and bool(info.nonfinite.all()) and float(info.log_ratio.abs().max()) == 0.0
+
+
+def test_outside_the_support_is_an_ordinary_rejection():
+    def wall(x: Tensor) -> tuple[Tensor, Tensor]:
+        log_prob, score = gaussian(x)
+        outside = x[..., 0] < 0.0
+        return log_prob.masked_fill(outside, -math.inf), score.masked_fill(outside.unsqueeze(-1), math.nan)
+
+    state, infos = run(MALA(Euclidean(1)), normal(500, 1).abs(), wall, 0.5, steps=10)
+    assert bool((state.x >= 0.0).all()) and not any(bool(info.nonfinite.any()) for info in infos)
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_evaluations_are_counted(index: int):
+    kernel, step_size = kernels_on(Euclidean(2))[index]
+    calls = []
+
+    def counted(x: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(1)
+        return gaussian(x)
+
+    _, infos = run(kernel, normal(5, 2), counted, step_size, steps=12)
+    assert len(calls) == 1 + sum(info.evaluations for info in infos)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 0}, "Expected num_steps to be a positive integer; got 0"),
+        ({"smallest_step": 0.0}, r"Expected smallest_step in \(0, 1\]; got 0.0"),
+    ],
+)
+def test_hmc_refuses_bad_options(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        HMC(Euclidean(2), **options)
+
+
+# Adaptation
+
+
+@pytest.mark.parametrize("tuner", [RobbinsMonro(0.6), DualAveraging(0.6)])
+@pytest.mark.parametrize("start", [1e-3, 10.0])
+def test_step_size_reaches_the_target_acceptance(tuner, start: float):
+    kernel, generator = MALA(Euclidean(5)), torch.Generator().manual_seed(0)
+    state, tuned = kernel.init(normal(256, 5), gaussian), tuner.init(start)
+    for _ in range(200):
+        state, info = kernel.step(state, gaussian, params(tuner.step_size(tuned)), generator)
+        tuned = tuner.update(tuned, float(info.acceptance.mean()))
+    final = tuner.averaged(tuned) if isinstance(tuner, DualAveraging) else tuner.step_size(tuned)
+    _, infos = run(kernel, state.x, gaussian, final, steps=20)
+    assert abs(float(torch.stack([info.acceptance for info in infos]).mean()) - 0.6) < 0.05
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_reasonable_step_size_is_scale_free(scale: float):
+    kernel, generator = HMC(Euclidean(4), num_steps=1), torch.Generator().manual_seed(0)
+
+    def density(x: Tensor) -> tuple[Tensor, Tensor]:
+        return -0.5 * (x / scale).square().sum(-1), -x / scale**2
+
+    state = kernel.init(scale * normal(64, 4), density)
+    step_size, spent = reasonable_step_size(kernel, state, density, params(1.0), generator=generator)
+    assert 0.3 < step_size / scale < 6.0 and spent <= 30
+
+
+def test_pooled_variance_is_the_variance_of_everything():
+    pool, x = PooledVariance(Euclidean(3)), normal(4, 50, 3) * torch.tensor([1e-3, 1.0, 1e3]) + 1e4
+    state = pool.init(x)
+    for part in x:
+        state = pool.update(state, part)
+    assert torch.allclose(pool.scale(state), x.reshape(-1, 3).std(0), rtol=1e-8)
+    assert PooledVariance(MeanFree(3, 1)).scale(state).shape == (1,)
+
+
+def test_spread_weighs_its_points():
+    x, log_weight = normal(100, 2), normal(100, seed=4)
+    weight = torch.softmax(log_weight, 0).unsqueeze(-1)
+    mean = (weight * x).sum(0)
+    expected = (weight * (x - mean).square()).sum(0).sqrt()
+    assert torch.allclose(spread(Euclidean(2), x, log_weight=log_weight), expected)
+    assert torch.equal(spread(Torus(2), x), torch.ones(1, dtype=F64))
+    x[:, 0] = 3.0
+    assert torch.allclose(spread(Euclidean(2), x)[0], spread(Euclidean(2), x)[1])
