@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffsampler.space import Euclidean
 from diffsampler.target import Target
+from diffsampler.targets import draws
 from diffsampler.targets.line import LineDensity
 
 __all__ = ["EightSchools"]
@@ -70,9 +71,8 @@ class _SchoolsPrior(Target):
             return self.log_prob(x), torch.cat([score_mu, score_tau, score_effects], -1)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        device = generator.device if generator is not None else None
-        z = torch.randn(n, 1 + SCHOOLS, generator=generator, dtype=torch.float64, device=device)
-        u = torch.rand(n, 1, generator=generator, dtype=torch.float64, device=device)
+        z = draws.normal(n, 1 + SCHOOLS, generator=generator)
+        u = draws.uniform(n, 1, generator=generator)
         mu, log_tau, effects = PRIOR_SCALE * z[:, :1], (PRIOR_SCALE * torch.tan(0.5 * math.pi * u)).log(), z[:, 1:]
         if self.centered:
             effects = mu + log_tau.exp() * effects
@@ -134,9 +134,9 @@ class EightSchools(Target):
             return log_prob, score + torch.cat([pull.sum(-1, keepdim=True), by_tau, by_scale], -1)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        y, sigma = self.effects.double(), self.errors.double()
         log_tau = self.line.sample((n, 1), generator=generator)
-        z = torch.randn(n, 1 + SCHOOLS, generator=generator, dtype=log_tau.dtype, device=log_tau.device)
+        z = draws.normal(n, 1 + SCHOOLS, generator=generator, like=log_tau)
+        y, sigma = self.effects.to(z), self.errors.to(z)
         _, center, spread = _pooled(log_tau.squeeze(-1), y, sigma)
         mu = (center + spread * z[:, 0]).unsqueeze(-1)
         tau = log_tau.exp()

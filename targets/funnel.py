@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffsampler.space import Euclidean
 from diffsampler.target import Target
-from diffsampler.targets import checks
+from diffsampler.targets import checks, draws
 
 __all__ = ["Funnel"]
 
@@ -55,7 +55,6 @@ class Funnel(Target):
             return log_prob, torch.cat([score_neck.unsqueeze(-1), -z * inverse], -1)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        device = generator.device if generator is not None else None
-        z = torch.randn(n, self.dim, generator=generator, dtype=torch.float64, device=device)
+        z = draws.normal(n, self.dim, generator=generator)
         neck = self.scale * z[:, :1]
         return torch.cat([neck, torch.exp(0.5 * neck) * z[:, 1:]], -1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffsampler.space import Euclidean
 from diffsampler.target import Target
-from diffsampler.targets import checks
+from diffsampler.targets import checks, draws
 
 __all__ = ["Gaussian", "StudentT"]
 
@@ -92,7 +92,7 @@ class Gaussian(Target):
             return self.log_scale.to(x) - 0.5 * z.square().sum(-1), score
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        z = torch.randn(n, self.dim, generator=generator, dtype=torch.float64, device=self.mean.device)
+        z = draws.normal(n, self.dim, generator=generator, like=self.mean)
         factor = self.factor.to(z)
         return self.mean.to(z) + (z * factor if self.diagonal else z @ factor.mT)
 
@@ -132,9 +132,8 @@ class StudentT(Target):
             return log_prob, -((self.df + self.dim) / (self.df + square)).unsqueeze(-1) * x
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        device = generator.device if generator is not None else None
-        z = torch.randn(n, self.dim, generator=generator, dtype=torch.float64, device=device)
-        u = torch.rand(n, 1, generator=generator, dtype=torch.float64, device=device)
+        z = draws.normal(n, self.dim, generator=generator)
+        u = draws.uniform(n, 1, generator=generator)
         # Chi-square by inversion: torch's own gamma sampler takes no generator in its public form.
         chi_square = 2.0 * special.gammaincinv(0.5 * self.df, u.cpu().numpy())
         return z * torch.from_numpy(numpy.sqrt(self.df / chi_square)).to(z)

@@ -16,6 +16,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from diffsampler.targets import draws
+
 __all__ = ["LineDensity"]
 
 
@@ -71,18 +73,19 @@ class LineDensity(nn.Module):
 
     def quantile(self, u: Tensor) -> Tensor:
         """Inverse distribution function at ``u`` in [0, 1), any shape, float64."""
-        cell = torch.searchsorted(self.distribution, u, right=True).sub(1).clamp(0, self.density.numel() - 2)
-        width = self.points[1] - self.points[0]
-        left, right = self.density[cell], self.density[cell + 1]
-        rest = u - self.distribution[cell]
+        points, density, distribution = self.points.to(u), self.density.to(u), self.distribution.to(u)
+        cell = torch.searchsorted(distribution, u, right=True).sub(1).clamp(0, density.numel() - 2)
+        width = points[1] - points[0]
+        left, right = density[cell], density[cell + 1]
+        rest = u - distribution[cell]
         # Root of left * s + (right - left) / (2 width) * s**2 = rest in the form that does not cancel.
         root = (left.square() + 2.0 * rest * (right - left) / width).clamp_min(0.0).sqrt()
-        offset = 2.0 * rest / (left + root)
-        return self.points[cell] + torch.where(rest > 0, offset, torch.zeros_like(offset)).clamp(max=width.item())
+        offset = torch.where(rest > 0, 2.0 * rest / (left + root), torch.zeros_like(rest))
+        return points[cell] + torch.minimum(offset, width)
 
     def sample(self, shape: tuple[int, ...], *, generator: torch.Generator | None = None) -> Tensor:
         """Independent draws, float64."""
-        return self.quantile(torch.rand(*shape, generator=generator, dtype=torch.float64, device=self.points.device))
+        return self.quantile(draws.uniform(*shape, generator=generator, like=self.points))
 
     def _locate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         cell = torch.searchsorted(self.points, x, right=True).sub(1).clamp(0, self.points.numel() - 2)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffsampler.space import Euclidean
 from diffsampler.target import Target
-from diffsampler.targets import checks
+from diffsampler.targets import checks, draws
 
 __all__ = ["GaussianMixture"]
 
@@ -118,9 +118,9 @@ class GaussianMixture(Target):
     def seven(cls) -> GaussianMixture:
         """Seven components in five dimensions with weights .35 to .03 and scales .3 to 2; small and wide modes mixed.
 
-        The means are fixed integers at distances between 14 and 32, at least 4.6 times the sum of two scales, so
-        labels have the components' weights. The widest component is among the lightest and the narrowest among the
-        heaviest: a sampler that trades weight for width shows it.
+        The means are fixed points at distances between 20.2 and 31.6, at least 7 times the sum of two scales, so labels
+        have the components' weights. The heaviest component is the narrowest and the lightest the widest: a sampler
+        that trades weight for width shows it.
         """
         means = [
             [10, 10, 0, 0, 0],
@@ -150,10 +150,10 @@ class GaussianMixture(Target):
             return log_prob, -torch.einsum("...ki,kij->...j", pull, whitening)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        u = torch.rand(n, generator=generator, dtype=torch.float64, device=self.means.device)
+        u = draws.uniform(n, generator=generator, like=self.means)
         # The last edge is left out, so rounding in the sum cannot lead past the last component.
-        component = torch.searchsorted(self.weights.double().cumsum(0)[:-1], u, right=True)
-        z = torch.randn(n, self.dim, generator=generator, dtype=u.dtype, device=u.device)
+        component = torch.searchsorted(self.weights.to(u).cumsum(0)[:-1], u, right=True)
+        z = draws.normal(n, self.dim, generator=generator, like=u)
         factor = self.factors.to(z)[component]
         step = z * factor if self.diagonal else (factor @ z.unsqueeze(-1)).squeeze(-1)
         return self.means.to(z)[component] + step

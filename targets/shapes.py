@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffsampler.space import Euclidean
 from diffsampler.target import Target
-from diffsampler.targets import checks
+from diffsampler.targets import checks, draws
 from diffsampler.targets.line import LineDensity
 
 __all__ = ["Banana", "Rings"]
@@ -70,7 +70,7 @@ class Rings(Target):
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         radius = self.line.sample((n, 1), generator=generator)
-        z = torch.randn(n, 2, generator=generator, dtype=radius.dtype, device=radius.device)
+        z = draws.normal(n, 2, generator=generator, like=radius)
         return radius * z / torch.linalg.vector_norm(z, dim=-1, keepdim=True)
 
     def mode_labels(self, x: Tensor) -> Tensor:
@@ -116,8 +116,7 @@ class Banana(Target):
             return log_prob, torch.stack([2.0 * self.curvature * first * rest - first / self.scale**2, -rest], -1)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        device = generator.device if generator is not None else None
-        z = torch.randn(n, 2, generator=generator, dtype=torch.float64, device=device)
+        z = draws.normal(n, 2, generator=generator)
         first = self.scale * z[:, 0]
         return torch.stack([first, z[:, 1] + self._bend(first)], -1)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffsampler.space import Euclidean
 from diffsampler.target import Target
-from diffsampler.targets import checks
+from diffsampler.targets import checks, draws
 from diffsampler.targets.line import LineDensity
 
 __all__ = ["DoubleWells", "ManyWell"]
@@ -70,7 +70,7 @@ class ManyWell(Target):
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         a = self.line.sample((n, self.dim // 2), generator=generator)
-        b = torch.randn(a.shape, generator=generator, dtype=a.dtype, device=a.device)
+        b = draws.normal(n, self.dim // 2, generator=generator, like=a)
         y = torch.stack([a, b], -1).flatten(-2)
         return y if self.rotation is None else y @ self.rotation.to(y).mT
 
@@ -163,7 +163,7 @@ class DoubleWells(Target):
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         w = self.line.sample((n, self.wells), generator=generator)
-        g = torch.randn(n, self.dim - self.wells, generator=generator, dtype=w.dtype, device=w.device)
+        g = draws.normal(n, self.dim - self.wells, generator=generator, like=w)
         return torch.cat([w, g], -1)
 
     def mode_labels(self, x: Tensor) -> Tensor:

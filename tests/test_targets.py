@@ -16,6 +16,7 @@ from scipy import integrate, stats
 from diffsampler import targets
 from diffsampler.space import Euclidean
 from diffsampler.target import Target
+from diffsampler.targets.line import LineDensity
 from diffsampler.testing import check_target
 
 # Kolmogorov-Smirnov tests below: one false alarm in 1e5 per marginal.
@@ -221,6 +222,30 @@ def test_overlapping_mixture_labels_have_their_own_probabilities(built):
     first = 0.75 * stats.norm.cdf(edge) + 0.25 * stats.norm.cdf(edge - 2.0)
     assert target.mode_weights()[0].item() == pytest.approx(first, abs=2e-4)
     assert built["gmm40"].mode_weights().sum().item() == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("name", "half_width"), [("difficult", 7.0), ("gmm40", 46.0), ("mixture_diagonal", 12.0)])
+def test_mode_weights_by_quadrature(name, half_width, built):
+    u = torch.linspace(-half_width, half_width, 801, dtype=torch.float64)
+    share = built[name].mode_weights() * 0.0
+    for x in torch.cartesian_prod(u, u).split(100_000):
+        mass = built[name].log_prob(x).exp() * (u[1] - u[0]) ** 2
+        share = share.index_add(0, built[name].mode_labels(x), mass)
+    # Both rules are limited by the jump at the boundary between two labels.
+    torch.testing.assert_close(built[name].mode_weights(), share, rtol=0, atol=5e-4)
+
+
+def test_line_density_inverts_its_distribution():
+    line = LineDensity(lambda t: -0.5 * t.square(), low=-9.0, high=9.0, cells=20_000)
+    assert line.log_normalizer == pytest.approx(0.5 * math.log(2 * math.pi), abs=1e-12)
+    u = torch.linspace(0.0, 1.0, 1001, dtype=torch.float64)[1:-1]
+    torch.testing.assert_close(line.quantile(u), torch.special.ndtri(u), rtol=0, atol=1e-6)
+    assert line.mass(-1.0, 2.0) == pytest.approx(stats.norm.cdf(2.0) - stats.norm.cdf(-1.0), abs=1e-7)
+    assert line.mass(-math.inf, math.inf) == pytest.approx(1.0, abs=1e-12)
+    with pytest.raises(ValueError, match="Expected low < high; got low=1.0 and high=0.0"):
+        LineDensity(lambda t: -t.square(), low=1.0, high=0.0)
+    with pytest.raises(ValueError, match="Expected the density to vanish at both ends"):
+        LineDensity(lambda t: -t.square(), low=-1.0, high=9.0)
 
 
 # --- posteriors ----------------------------------------------------------------------------------------------------
