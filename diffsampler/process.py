@@ -48,6 +48,7 @@ class Process(nn.Module, ABC):
         learns_backward: Whether backward kernels have parameters (otherwise their gradient is skipped).
         learns_initial: Whether the initial law has parameters.
         has_anchors: Whether :meth:`log_anchor` is defined (needs ``needs_score``).
+        has_bridge: Whether :meth:`sample_bridge` is defined: the backward chain is fixed and linear.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Process(nn.Module, ABC):
         learns_backward: bool = False,
         learns_initial: bool = False,
         has_anchors: bool = False,
+        has_bridge: bool = False,
     ) -> None:
         super().__init__()
         if num_steps < 1:
@@ -71,6 +73,7 @@ class Process(nn.Module, ABC):
         self.learns_backward = learns_backward
         self.learns_initial = learns_initial
         self.has_anchors = has_anchors
+        self.has_bridge = has_bridge
 
     @abstractmethod
     def sample_initial(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -97,6 +100,16 @@ class Process(nn.Module, ABC):
             log_prob: The target's log density there, shape ``(...)``.
         """
         raise NotImplementedError(f"{type(self).__name__} has no anchor densities.")
+
+    def sample_bridge(self, k: Tensor, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``x_k`` given the end point ``x_K = x`` under the backward chain, in one step.
+
+        Arguments:
+            k: Step index, ``0..K``, shape ``(...)``.
+            x: End points, shape ``(..., D)``.
+            generator: Source of randomness.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no closed-form bridge.")
 
     def config(self) -> dict[str, object]:
         """What identifies the process in a checkpoint."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffsampler.space import Euclidean, Space
 
-__all__ = ["CountedTarget", "FunctionTarget", "Target"]
+__all__ = ["AffineTarget", "CountedTarget", "FunctionTarget", "Target"]
 
 
 class Target(nn.Module, ABC):
@@ -234,3 +234,63 @@ class CountedTarget(Target):
 
     def constrain(self, x: Tensor) -> dict[str, Tensor]:
         return self.target.constrain(x)
+
+
+@final
+class AffineTarget(Target):
+    r"""A target in standardized coordinates, :math:`x = m + s z`: :math:`\log\rho_z(z) = \log\rho(x) + \sum\log s`.
+
+    The normalizing constant is that of the original target. The map is computed in float64, so that a particle in
+    float32 can stand for a location of 1e5 and a scale of 1e-3.
+
+    Arguments:
+        target: The original target.
+        location: ``m``, shape ``(D,)``, a point of its space.
+        scale: ``s > 0``, shape ``(D,)``, or ``(1,)`` for all coordinates alike (the only choice off Euclidean space).
+    """
+
+    location: Tensor
+    scale: Tensor
+
+    def __init__(self, target: Target, location: Tensor, scale: Tensor) -> None:
+        if not bool((scale > 0.0).all()):
+            raise ValueError("Expected positive scales.")
+        if scale.shape != (1,) and not isinstance(target.space, Euclidean):
+            raise ValueError(f"Expected one scale of shape (1,) on {target.space}; got {tuple(scale.shape)}.")
+        super().__init__(
+            target.space,
+            log_normalizer=target.log_normalizer,
+            num_modes=target.num_modes,
+            has_sampler=target.has_sampler,
+        )
+        self.target = target
+        self.register_buffer("location", location.double())
+        self.register_buffer("scale", scale.double())
+        self.log_volume = float(scale.double().log().sum()) * (target.space.dof if scale.shape == (1,) else 1)
+
+    def to_original(self, z: Tensor) -> Tensor:
+        """``z (..., D)`` to ``x``, float64."""
+        return self.location + self.scale * z.double()
+
+    def to_standard(self, x: Tensor) -> Tensor:
+        """``x (..., D)`` to ``z``, float64."""
+        return (x.double() - self.location) / self.scale
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.target.log_prob(self.to_original(x)) + self.log_volume
+
+    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        log_prob, score = self.target.log_prob_and_score(self.to_original(x))
+        return log_prob + self.log_volume, (score * self.scale).to(x.dtype)
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        return self.to_standard(self.target.sample(n, generator=generator))
+
+    def mode_labels(self, x: Tensor) -> Tensor:
+        return self.target.mode_labels(self.to_original(x))
+
+    def mode_weights(self) -> Tensor:
+        return self.target.mode_weights()
+
+    def constrain(self, x: Tensor) -> dict[str, Tensor]:
+        return self.target.constrain(self.to_original(x))

@@ -11,13 +11,10 @@ whole; a resumed run repeats the uninterrupted one bit for bit on the same devic
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from torch import Tensor, nn
 from diffsampler import estimators
 from diffsampler.objective import Objective
 from diffsampler.process import Process
+from diffsampler.storage import save_atomic
 from diffsampler.target import Target
 from diffsampler.trajectory import (
     CHUNK_ROWS,
@@ -48,6 +46,8 @@ SCHEDULE_RATE = 5.0
 """Learning rate of schedules, step sizes and priors relative to networks: each is one number fed by every row."""
 OBJECTIVE_RATE = 30.0
 """Learning rate of the objective's own parameters (a learned log Z) relative to networks."""
+BRIDGE_STEPS = 8
+"""Single steps per path of the batch in simulation-free losses."""
 MAX_SKIPPED = 100
 """Consecutive steps without a usable gradient after which training is declared diverged."""
 
@@ -190,7 +190,7 @@ def fit(
         ValueError: If the objective needs what is not given, or a checkpoint belongs to another configuration.
         RuntimeError: If training diverges.
     """
-    _check_sources(objective, bank)
+    _check_sources(process, objective, bank)
     identity = {**(identity or {}), **process.config(), "objective": type(objective).__name__, **vars(recipe)}
     run = _start(process, objective, recipe)
     folder = None if checkpoint is None else Path(checkpoint)
@@ -227,10 +227,12 @@ def fit(
     return run.history
 
 
-def _check_sources(objective: Objective, bank: Tensor | None) -> None:
+def _check_sources(process: Process, objective: Objective, bank: Tensor | None) -> None:
     name = type(objective).__name__
     if objective.on_policy_only and bank is not None:
         raise ValueError(f"{name} needs on-policy trajectories; got a bank of particles to replay.")
+    if objective.needs_bridge and not process.has_bridge:
+        raise ValueError(f"{name} needs a process with closed-form bridges; {type(process).__name__} has none.")
     if objective.needs_backward_paths and bank is None:
         raise ValueError(f"{name} needs backward trajectories; pass bank=particles (target samples or stored points).")
 
@@ -256,6 +258,10 @@ def _step(run: _Run, target: Target, recipe: Recipe, bank: Tensor | None) -> dic
     """One gradient step; None when no finite gradient was found and the parameters stayed as they were."""
     run.optimizer.zero_grad()
     weight = 1.0 / run.process.space.dof
+    if run.objective.needs_bridge:
+        assert bank is not None
+        loss = _bridge_gradient(run, target, bank, recipe.batch_size * BRIDGE_STEPS, weight)
+        return {"loss": loss} if _update(run, recipe, loss) else None
     trajectory = _draw(run, target, recipe, bank)
     finite = trajectory.log_weight.detach().isfinite()
     kept = trajectory if bool(finite.all()) else trajectory.select(finite)
@@ -267,19 +273,54 @@ def _step(run: _Run, target: Target, recipe: Recipe, bank: Tensor | None) -> dic
             loss = value.item()
         else:
             loss = accumulate_gradient(run.process, run.objective, kept, weight=weight)
+    if not _update(run, recipe, loss):
+        return None
+    fresh = trajectory.log_weight.detach()[: _fresh_size(recipe, bank)]
+    return _summary(fresh[fresh.isfinite()], loss)
+
+
+def _bridge_gradient(run: _Run, target: Target, bank: Tensor, rows: int, weight: float) -> float:
+    """Gradient of the bridge likelihood on ``rows`` single steps."""
+    process, generator = run.process, run.generator
+    with torch.no_grad():
+        end = bank[torch.randint(bank.shape[0], (rows,), generator=generator, device=bank.device)]
+        k = torch.randint(process.num_steps, (rows,), generator=generator, device=bank.device)
+        after = process.sample_bridge(k + 1, end, generator=generator)
+        kernel = process.backward(k, after, None)
+        noise = process.space.noise((rows,), like=after, generator=generator)
+        before = process.space.project(kernel.mean + kernel.variance.sqrt() * noise)
+        score = target.log_prob_and_score(before)[1].to(before.dtype) if process.needs_score else None
+    log_forward = process.space.log_gaussian(after, *process(k, before, score))
+    nothing = torch.zeros_like(log_forward.detach())
+    pair = Trajectory(
+        x=torch.stack([before, after]),
+        score=None,
+        log_forward=log_forward.unsqueeze(0),
+        log_backward=nothing.unsqueeze(0),
+        log_initial=nothing,
+        log_terminal=nothing,
+        log_anchor=None,
+        on_policy=False,
+    )
+    loss = run.objective(pair)
+    (weight * loss).backward()
+    return loss.item()
+
+
+def _update(run: _Run, recipe: Recipe, loss: float) -> bool:
+    """Move the parameters and their average; False if the gradient is not finite."""
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, recipe.clip_norm) if math.isfinite(loss) else torch.tensor(math.nan)
     if not bool(norm.isfinite()):
         run.skipped += 1
-        return None
+        return False
     run.optimizer.step()
     # Early averages would remember the untrained network: the horizon grows with the number of steps.
     decay = min(recipe.ema_decay, (1.0 + run.step) / (10.0 + run.step))
     with torch.no_grad():
         pairs = [(run.ema[name], p) for name, p in run.process.named_parameters()]
         torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1.0 - decay)
-    fresh = trajectory.log_weight.detach()[: _fresh_size(recipe, bank)]
-    return _summary(fresh[fresh.isfinite()], loss)
+    return True
 
 
 def _fresh_size(recipe: Recipe, bank: Tensor | None) -> int:
@@ -325,25 +366,7 @@ def _try_save(folder: Path, identity: dict[str, Any], run: _Run) -> None:
 
 def save_checkpoint(folder: str | Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
     """Write ``checkpoint.pt`` into ``folder`` so that either the old or the new one is there, whole."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _atomic(folder / CHECKPOINT_NAME) as stream:
-        torch.save({"identity": identity, "state": state}, stream)
-
-
-@contextlib.contextmanager
-def _atomic(path: Path) -> Iterator[Any]:
-    """A binary stream that becomes ``path`` only when everything has reached the disk."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    save_atomic(Path(folder) / CHECKPOINT_NAME, {"identity": identity, "state": state})
 
 
 def load_checkpoint(folder: str | Path, identity: dict[str, Any]) -> dict[str, Any]:

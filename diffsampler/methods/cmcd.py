@@ -9,7 +9,9 @@ Annealed densities :math:`\log\pi_k = \beta_k \log\rho + (1 - \beta_k) \log p_0`
 
 with :math:`\delta = S / K` and :math:`g_k` the score of :math:`\pi_k`, smoothly clipped so that no drift exceeds a few
 standard deviations of the noise. The clip is part of both kernels, so weights stay exact. Without the control this is
-annealed Langevin importance sampling.
+annealed Langevin importance sampling. With ``local_steps`` each kernel's step size carries a learned factor per
+coordinate evaluated at its own point, :math:`\epsilon_k(x)` in ``F`` and :math:`\epsilon_k(x')` in ``B``: both stay
+Gaussian, and funnels and other densities of varying scale need far fewer steps.
 
 References:
     Transport meets variational inference: controlled Monte Carlo diffusions (Vargas, Padhy, Blessing, Nuesken, 2024),
@@ -44,6 +46,7 @@ class CMCDProcess(Process):
         num_steps: Number of steps ``K``.
         scale: Initial standard deviation of the prior.
         step_size: Initial step size at the first step, in units of ``scale ** 2``; it falls as a squared cosine.
+        local_steps: Whether step sizes carry a learned factor per coordinate that depends on the point.
         width: Width of the network.
         point_features: Random Fourier features of the point.
         detach_score: Whether pathwise losses treat the score as a constant.
@@ -52,6 +55,8 @@ class CMCDProcess(Process):
 
     clip_bound = 4.0
     """Largest drift in standard deviations of the noise, per coordinate."""
+    local_bound = 5.0
+    """Largest logarithm of a local factor of the step size."""
 
     scale: Tensor
     time: Tensor
@@ -62,7 +67,8 @@ class CMCDProcess(Process):
         num_steps: int = 64,
         *,
         scale: float = 1.0,
-        step_size: float = 0.1,
+        step_size: float = 0.01,
+        local_steps: bool = True,
         width: int = 64,
         point_features: int = 0,
         detach_score: bool = False,
@@ -80,6 +86,7 @@ class CMCDProcess(Process):
             learns_initial=not self.uniform_prior,
             has_anchors=True,
         )
+        self.local_steps = local_steps
         # Mean-free particles have no coordinates of their own: every scale is shared.
         scales = space.dim if space.dof == space.dim else 1
         self.register_buffer("time", torch.arange(num_steps + 1) / num_steps)
@@ -97,6 +104,7 @@ class CMCDProcess(Process):
             gate_init=0.0,
             bound=self.clip_bound,
             feature_input=True,
+            extra_outputs=scales if local_steps else 0,
             width=width,
             point_features=point_features,
         )
@@ -135,12 +143,15 @@ class CMCDProcess(Process):
         if not self.uniform_prior:
             pull = (self.space.project(self.prior_mean) - x) * (-2.0 * self.prior_log_scale).exp()
             annealed = annealed + (1.0 - beta) * pull
-        variance = 2.0 * self.log_step[k].exp()
+        log_step = self.log_step[k]
+        # The network sees the drift in units of the noise, noise_scale * score / 2.
+        seen = 0.5 * (math.log(2.0) + log_step).mul(0.5).exp() * annealed
+        control, extra = self.control(self.time[at], x / self.scale, seen)
+        if self.local_steps:
+            log_step = log_step + clip(extra, self.local_bound)
+        variance = 2.0 * log_step.exp()
         noise_scale = variance.sqrt()
-        # In units of the noise the drift is noise_scale * score / 2.
-        feature = 0.5 * noise_scale * annealed
-        drift = self.space.project_vector(noise_scale * clip(feature, self.clip_bound))
-        control, _ = self.control(self.time[at], x / self.scale, feature)
+        drift = self.space.project_vector(noise_scale * clip(0.5 * noise_scale * annealed, self.clip_bound))
         return drift, self.scale / self.num_steps * control, variance
 
     def log_anchor(self, k: Tensor, x: Tensor, log_prob: Tensor) -> Tensor:
@@ -160,6 +171,7 @@ class CMCD(DiffusionSampler):
         objective: The loss, log-variance by default.
         scale: Initial standard deviation of the learned prior.
         step_size: Initial step size at the first step, in units of ``scale ** 2``.
+        local_steps: Whether step sizes carry a learned factor per coordinate that depends on the point.
         width: Width of the network.
         point_features: Random Fourier features of the point; more resolve more modes.
         detach_score: Whether pathwise losses treat the score as a constant.
@@ -173,7 +185,8 @@ class CMCD(DiffusionSampler):
         num_steps: int = 64,
         objective: Objective | None = None,
         scale: float = 1.0,
-        step_size: float = 0.1,
+        step_size: float = 0.01,
+        local_steps: bool = True,
         width: int = 64,
         point_features: int = 0,
         detach_score: bool = False,
@@ -184,6 +197,7 @@ class CMCD(DiffusionSampler):
             num_steps,
             scale=scale,
             step_size=step_size,
+            local_steps=local_steps,
             width=width,
             point_features=point_features,
             detach_score=detach_score,

@@ -48,6 +48,8 @@ class DDSProcess(Process):
     contraction: Tensor
     variance: Tensor
     signal: Tensor
+    total_contraction: Tensor
+    total_noise: Tensor
 
     def __init__(
         self,
@@ -67,12 +69,14 @@ class DDSProcess(Process):
         if not torch.allclose(schedule.contraction.square() + schedule.variance, torch.ones_like(schedule.variance)):
             raise ValueError("Expected a variance-preserving schedule, a_k^2 + v_k = 1.")
         num_steps = len(schedule.variance)
-        super().__init__(space, num_steps, detach_score=detach_score)
+        super().__init__(space, num_steps, detach_score=detach_score, has_bridge=True)
         self.register_buffer("scale", torch.tensor(float(scale)))
         self.register_buffer("time", torch.arange(num_steps + 1) / num_steps)
         self.register_buffer("contraction", schedule.contraction.float().unsqueeze(-1))
         self.register_buffer("variance", schedule.variance.float().unsqueeze(-1))
         self.register_buffer("signal", schedule.total_contraction[:-1].square().float().unsqueeze(-1))
+        self.register_buffer("total_contraction", schedule.total_contraction.float().unsqueeze(-1))
+        self.register_buffer("total_noise", schedule.total_variance.sqrt().float().unsqueeze(-1))
         generator = torch.Generator().manual_seed(seed)
         self.control = Control(space, generator=generator, width=width, point_features=point_features)
 
@@ -91,6 +95,10 @@ class DDSProcess(Process):
 
     def backward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
         return Gaussian(self.contraction[k] * x, self.scale.square() * self.variance[k])
+
+    def sample_bridge(self, k: Tensor, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        noise = self.space.noise(tuple(x.shape[:-1]), like=x, generator=generator)
+        return self.space.project(self.total_contraction[k] * x + self.scale * self.total_noise[k] * noise)
 
 
 @final

@@ -66,6 +66,8 @@ class DISProcess(Process):
     spread: Tensor
     signal: Tensor
     variance: Tensor
+    total_contraction: Tensor
+    total_noise: Tensor
 
     def __init__(
         self,
@@ -85,7 +87,7 @@ class DISProcess(Process):
         if self.uniform_start and not bool((schedule.contraction == 1.0).all()):
             raise ValueError("Expected an exploding schedule (a_k = 1) on a torus: it cannot contract.")
         num_steps = len(schedule.variance)
-        super().__init__(space, num_steps, detach_score=detach_score)
+        super().__init__(space, num_steps, detach_score=detach_score, has_bridge=True)
         self.learn_variance = learn_variance
         a, v, total_a, total_v = schedule
         spread = (total_a.square() + total_v).sqrt()
@@ -104,6 +106,8 @@ class DISProcess(Process):
         }
         for name, value in table.items():
             self.register_buffer(name, value.float().unsqueeze(-1))
+        self.register_buffer("total_contraction", total_a.float().unsqueeze(-1))
+        self.register_buffer("total_noise", total_v.sqrt().float().unsqueeze(-1))
         self.register_buffer("scale", torch.tensor(float(scale)))
         self.register_buffer("time", torch.arange(num_steps + 1) / num_steps)
         generator = torch.Generator().manual_seed(seed)
@@ -150,6 +154,10 @@ class DISProcess(Process):
 
     def backward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
         return Gaussian(self.contraction[k] * x, self.scale.square() * self.noise[k])
+
+    def sample_bridge(self, k: Tensor, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        noise = self.space.noise(tuple(x.shape[:-1]), like=x, generator=generator)
+        return self.space.project(self.total_contraction[k] * x + self.scale * self.total_noise[k] * noise)
 
 
 @final

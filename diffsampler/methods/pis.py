@@ -61,7 +61,7 @@ class PISProcess(Process):
     ) -> None:
         if isinstance(space, Torus):
             raise ValueError("Expected a Euclidean or mean-free space: the Brownian bridge of a torus is not Gaussian.")
-        super().__init__(space, num_steps, detach_score=detach_score)
+        super().__init__(space, num_steps, detach_score=detach_score, has_bridge=True)
         self.register_buffer("scale", torch.tensor(_positive("scale", scale)))
         self.register_buffer("time", torch.arange(num_steps + 1) / num_steps)
         generator = torch.Generator().manual_seed(seed)
@@ -84,6 +84,11 @@ class PISProcess(Process):
     def backward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
         shrink = (self.time[k] / self.time[k + 1]).unsqueeze(-1)
         return Gaussian(shrink * x, self.scale.square() * shrink / self.num_steps)
+
+    def sample_bridge(self, k: Tensor, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        t = self.time[k].unsqueeze(-1)
+        noise = self.space.noise(tuple(x.shape[:-1]), like=x, generator=generator)
+        return t * x + self.scale * (t * (1.0 - t)).sqrt() * noise
 
 
 def _positive(name: str, value: float) -> float:
