@@ -107,7 +107,7 @@ def check_density(model: Model, points: Tensor) -> None:
     _promoting(model, lambda model: _validate(model, points))
     values = _total(model, points)
     again = _total(model, points)
-    if not torch.equal(values.nan_to_num(), again.nan_to_num()):
+    if not torch.allclose(values, again, rtol=0.0, atol=0.0, equal_nan=True):
         raise ValueError(
             "Expected the same log density at the same point; got two values. The model draws random numbers outside "
             "its sample sites, or hides a site from the density."
