@@ -46,14 +46,15 @@ STYLE: dict[Any, Any] = {
 
 
 @contextmanager
-def _figure(width: float, height: float, rows: int, columns: int, **grid: Any) -> Iterator[tuple[Figure, Any]]:
+def _figure(width: float, height: float, rows: int, columns: int, pad: float = 0.04) -> Iterator[tuple[Figure, Any]]:
     """A figure with ``(rows, columns)`` axes in the library's style, which ends with the block."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure, figure.subplots(rows, columns, squeeze=False, **grid)
+        figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=pad))
+        yield figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def pair(
@@ -63,7 +64,7 @@ def pair(
     names: Sequence[str] | None = None,
     max_dims: int = 5,
     truth: Mapping[str, Tensor | float] | None = None,
-    bins: int = 60,
+    bins: int = 64,
 ) -> Figure:
     """Weighted pair plot: marginals on the diagonal, pairs below it.
 
@@ -92,7 +93,7 @@ def pair(
     limits = {name: _limits(values, weight) for name, values in draws.items()}
     lines = _columns({k: torch.as_tensor(v).unsqueeze(0) for k, v in truth.items()}, None) if truth else {}
     size = len(draws)
-    side = max(1.9 * size, 3.4)
+    side = max(1.9 * size, 4.8)
     with _figure(side, side, size, size) as (figure, axes):
         for i, (row, y) in enumerate(draws.items()):
             for j, (column, x) in enumerate(draws.items()):
@@ -130,7 +131,7 @@ def weights(log_weight: Tensor, *, title: str = "") -> Figure:
     if finite.numel() == 0:
         raise ValueError("Expected at least one finite log weight; got none.")
     n, lost = log_weight.numel(), log_weight.numel() - finite.numel()
-    log_z = estimators.log_mean_exp(log_weight)
+    log_z = float(torch.logsumexp(finite, 0)) - math.log(n)
     share = torch.softmax(finite, 0).sort(descending=True).values.cumsum(0)
     rank = torch.arange(1, finite.numel() + 1, dtype=torch.float64) / n
     ess, k = estimators.effective_sample_size(finite), estimators.pareto_smooth(finite)[1]
@@ -142,15 +143,13 @@ def weights(log_weight: Tensor, *, title: str = "") -> Figure:
         left.hist(inside.numpy() - log_z, bins=50, color=COLORS[0], alpha=0.85)
         left.axvline(0.0, color=COLORS[1], linewidth=1.2)
         left.text(0.0, 1.0, " log Z", transform=left.get_xaxis_transform(), va="top", color=COLORS[1])
-        left.set_xlabel("log weight - log Z")
-        left.set_ylabel("particles")
+        left.set(xlabel="log weight - log Z", ylabel="particles")
         right.plot(rank, share, color=COLORS[0], linewidth=1.8)
         right.plot([0, 1], [0, 1], color="#999999", linewidth=1.0, linestyle=(0, (4, 3)), label="equal weights")
-        right.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="fraction of particles, largest weights first")
-        right.set_ylabel("share of the total weight")
-        text = [f"n = {n}", f"ESS = {ess:.0f} ({ess / n:.0%})", f"k-hat = {k:.2f}"]
-        text += [f"non-finite: {lost}"] if lost else []
-        right.text(0.97, 0.08, "\n".join(text), transform=right.transAxes, ha="right", va="bottom", linespacing=1.5)
+        right.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="share of the total weight")
+        right.set_xlabel("fraction of particles, largest weights first")
+        text = f"n = {n}\nESS = {ess:.0f} ({ess / n:.0%})\nk-hat = {k:.2f}" + f"\nnon-finite: {lost}" * bool(lost)
+        right.text(0.97, 0.08, text, transform=right.transAxes, ha="right", va="bottom", linespacing=1.5)
         right.legend(loc="lower right", bbox_to_anchor=(1.0, 0.42))
         if title:
             figure.suptitle(title)
@@ -274,13 +273,14 @@ def marginals(
     shown = list(next(iter(table.values())))[:max_dims]
     columns = min(columns, len(shown))
     rows = math.ceil(len(shown) / columns)
-    with _figure(3.1 * columns, 2.3 * rows + 0.5, rows, columns) as (figure, axes):
+    with _figure(3.1 * columns, 2.3 * rows + 0.5, rows, columns, pad=0.12) as (figure, axes):
         for ax, name in zip(axes.flat, shown, strict=False):
             ranges = [_limits(table[label][name], mass[label]) for label in table]
             limits = min(low for low, _ in ranges), max(high for _, high in ranges)
-            for i, label in enumerate(table):
+            colors = iter(COLORS * len(table))
+            for label in table:
                 fill = label == reference
-                color = "#BBBBBB" if fill else COLORS[i % len(COLORS)]
+                color = "#BBBBBB" if fill else next(colors)
                 _marginal(ax, table[label][name], mass[label], limits, color=color, fill=fill, label=label)
             _label(ax, name, "")
         for ax in list(axes.flat)[len(shown) :]:
@@ -346,7 +346,7 @@ def _density(ax: Axes, x: Tensor, y: Tensor, weight: Tensor, limits: tuple[Limit
     mass, *edges = np.histogram2d(x.numpy(), y.numpy(), bins=bins, range=limits, weights=weight.numpy())
     ess = estimators.effective_sample_size(weight.log())
     # A cell must hold several effective draws before its height means anything.
-    mass = gaussian_filter(mass, min(max(0.9, 8.0 * ess ** (-1 / 4)), 4.0), mode="nearest")
+    mass = gaussian_filter(mass, min(max(0.9, 10.0 * ess ** (-1 / 4)), 4.0), mode="nearest")
     ordered = np.sort(mass, axis=None)[::-1]
     cumulative = np.cumsum(ordered) / ordered.sum()
     cuts = [ordered[min(int(np.searchsorted(cumulative, p)), ordered.size - 1)] for p in (0.99, 0.9, 0.6, 0.3)]
