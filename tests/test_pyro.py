@@ -357,6 +357,20 @@ def test_model_that_reads_a_number_out_of_a_tensor_runs_in_a_loop():
         assert PyroTarget(model).log_prob(points(3, 2)).shape == (3,)
 
 
+def test_other_failures_of_vmap_are_quoted():
+    def model():
+        b = pyro.sample("b", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        mean = torch.zeros(2)
+        mean[0] = b[1]
+        pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=torch.zeros(2))
+
+    with pytest.warns(UserWarning, match="torch.func.vmap raised RuntimeError: vmap: inplace .* at .*test_pyro.py:"):
+        target = PyroTarget(model)
+    torch.testing.assert_close(
+        target.log_likelihood(points(3, 2)), -0.5 * points(3, 2)[:, 1] ** 2 - math.log(2 * math.pi)
+    )
+
+
 def test_batch_that_disagrees_with_the_loop_is_not_used(monkeypatch):
     original = torch.func.vmap
 
@@ -505,6 +519,12 @@ def _outside_support():
     pyro.sample("y", dist.Poisson(a.exp()), obs=torch.tensor(-1.0))
 
 
+def _imputes_known_data():
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 8):
+        pyro.sample("y", dist.Normal(a, 1.0), obs=EFFECT, obs_mask=EFFECT > 0.0)
+
+
 def _periodic():
     pyro.sample("angle", dist.VonMises(0.0, 1.0))
 
@@ -526,6 +546,7 @@ def _sphere():
         (_point_mass, "Expected continuous latent sites; got Delta at 'a'"),
         (_negative_scale, "Expected parameter scale .* to satisfy the constraint GreaterThan"),
         (_outside_support, "Expected value argument .* to be within the support"),
+        (_imputes_known_data, "ignores 6 of latent site 'y_unobserved', so it cannot be normalized"),
         (_periodic, "got the periodic VonMises at 'angle'"),
         (_sphere, "Expected a support with a bijection to R.n; got .* at latent site 'direction'"),
     ],

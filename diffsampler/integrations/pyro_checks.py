@@ -119,6 +119,26 @@ def check_density(model: Model, points: Tensor) -> None:
             f"(first: log prior {float(handler.log_prior):.4g}, log likelihood {float(handler.log_likelihood):.4g} at "
             f"{ {name: value.tolist() for name, value in handler.values.items()} })."
         )
+    _refuse_flat(model, points)
+
+
+def _refuse_flat(model: Model, points: Tensor) -> None:
+    """A density that ignores an entry of the vector cannot be normalized (masked sites, imputation of known data)."""
+    x = points.clone().requires_grad_()
+    prior, data = model.log_density(x, likelihood=True)
+    (score,) = torch.autograd.grad((prior + data).sum(), x)
+    value = (prior + data).detach()
+    flat = (score == 0).all(0)
+    if not flat.any():
+        return
+    moved = _total(model, points + flat.to(points.dtype))
+    if torch.allclose(moved, value, rtol=0.0, atol=0.0, equal_nan=True):
+        names = {name: int(flat[site.entries].sum()) for name, site in model.sites.items() if flat[site.entries].any()}
+        found = ", ".join(f"{count} of latent site {name!r}" for name, count in names.items())
+        raise ValueError(
+            f"Expected a density that depends on every latent entry; it ignores {found}, so it cannot be normalized. "
+            "Leave out entries that are masked or whose data are known (obs_mask imputes all entries)."
+        )
 
 
 def _validate(model: Model, points: Tensor) -> None:
@@ -175,8 +195,8 @@ def _reason(error: Exception) -> str:
     elif "random" in text:
         reason = "it draws random numbers outside its sample sites"
     else:
-        lines = text.strip().splitlines() or [""]
-        reason = f"torch.func.vmap raised {type(error).__name__}: {lines[0]}"
+        sentence = text.strip().partition("\n")[0].partition(". ")[0]
+        reason = f"torch.func.vmap raised {type(error).__name__}: {sentence}"
     return reason + _place(error)
 
 
