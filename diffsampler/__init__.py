@@ -1,3 +1,40 @@
-"""Sampling from densities that are known only up to their normalizing constant."""
+"""Sampling from densities that are known only up to their normalizing constant.
+
+Learned controlled diffusions and classical samplers stand on one footing: batched particles, one log weight per
+particle, a normalizing constant with an error bar, and a verdict whether to trust it. Start with :func:`sample`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from diffsampler.estimators import Estimate as Estimate
+from diffsampler.inference import Budget as Budget
+from diffsampler.inference import sample as sample
+from diffsampler.methods.cmcd import CMCD as CMCD
+from diffsampler.methods.dds import DDS as DDS
+from diffsampler.methods.dis import DIS as DIS
+from diffsampler.methods.pis import PIS as PIS
+from diffsampler.particles import Particles as Particles
+from diffsampler.result import Finding as Finding
+from diffsampler.result import Fit as Fit
+from diffsampler.result import load as load
+from diffsampler.sampler import Sampler as Sampler
+from diffsampler.space import Euclidean as Euclidean
+from diffsampler.space import MeanFree as MeanFree
+from diffsampler.space import Space as Space
+from diffsampler.space import Torus as Torus
+from diffsampler.target import Target as Target
+
+if TYPE_CHECKING:
+    from diffsampler.integrations import pyro as pyro
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Pyro models are imported on first use: the core needs only Pyro's tensor functions.
+    if name == "pyro":
+        return importlib.import_module("diffsampler.integrations.pyro")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,6 +17,8 @@ from diffsampler.storage import save_atomic
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from diffsampler.sampler import Sampler
+
 __all__ = ["Finding", "Fit", "diagnose", "load"]
 
 MAX_ROWS = 20
@@ -26,7 +28,7 @@ MAX_ROWS = 20
 class Finding(NamedTuple):
     """Something that a reader of the answer must know."""
 
-    level: Literal["info", "warning", "error"]
+    level: Literal["note", "warning", "error"]
     message: str
     remedy: str
 
@@ -108,6 +110,8 @@ class Fit:
         choices: Everything that was chosen, as plain numbers and strings.
         history: Training history, a list of dicts, empty for methods that do not train.
         true_log_normalizer: The exact value where the target declares it.
+        notes: What cannot be excluded, and other remarks that are no warnings.
+        sampler: Draws more particles, where the method made a sampler; not saved.
     """
 
     particles: Particles
@@ -119,6 +123,8 @@ class Fit:
     choices: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     true_log_normalizer: float | None = None
+    notes: list[str] = field(default_factory=list)
+    sampler: Sampler | None = field(default=None, repr=False, compare=False)
 
     @property
     def log_normalizer(self) -> Estimate:
@@ -168,9 +174,7 @@ class Fit:
             "pareto_k": self.pareto_k,
             "ess": self.ess,
         }
-        return to_arviz(
-            self.posterior, self.particles.log_weight, weights=weights, num_chains=num_chains, attrs=attrs
-        )
+        return to_arviz(self.posterior, self.particles.log_weight, weights=weights, num_chains=num_chains, attrs=attrs)
 
     def plot(self, kind: Literal["pair", "weights", "training"] = "pair", **options: Any) -> Figure:
         """Draw weighted pair plots, the weights, or training curves; options go to :mod:`diffsampler.plotting`."""
@@ -188,7 +192,7 @@ class Fit:
 
     def save(self, path: str | Path) -> None:
         """Write the fit to one file, whole or not at all."""
-        content = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        content = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "sampler"}
         content["particles"] = {name: getattr(self.particles, name) for name in self.particles.__dataclass_fields__}
         content["findings"] = [tuple(finding) for finding in self.findings]
         save_atomic(path, content)
@@ -230,7 +234,7 @@ def _table(fit: Fit) -> str:
         f"{evidence} | ess {fit.ess:.0f} of {len(fit.particles)} | k-hat {k:.2f} {verdict} | "
         f"{fit.evaluations:.3g} evaluations | {fit.seconds:.1f} s | {fit.method}"
     )
-    return "\n".join([*lines, *(str(finding) for finding in fit.findings)])
+    return "\n".join([*lines, *(str(finding) for finding in fit.findings), *(f"Note: {note}" for note in fit.notes)])
 
 
 def load(path: str | Path) -> Fit:

@@ -30,6 +30,11 @@ class Sampler(ABC):
 
     target: Target
 
+    @property
+    def evaluations(self) -> int:
+        """Points at which the target's density or gradient was computed so far, 0 where it is not counted."""
+        return 0
+
     @abstractmethod
     def sample(self, n: int, *, seed: int = 0) -> Particles:
         """Draw ``n`` weighted particles (samplers that work in blocks round up)."""

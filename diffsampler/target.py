@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffsampler.space import Euclidean, Space
 
-__all__ = ["AffineTarget", "CountedTarget", "FunctionTarget", "Target"]
+__all__ = ["AffineTarget", "CastTarget", "CountedTarget", "FunctionTarget", "Target"]
 
 
 class Target(nn.Module, ABC):
@@ -294,3 +294,38 @@ class AffineTarget(Target):
 
     def constrain(self, x: Tensor) -> dict[str, Tensor]:
         return self.target.constrain(self.to_original(x))
+
+
+@final
+class CastTarget(Target):
+    """A target whose density is evaluated in ``dtype`` (its function refuses others) and answers in that of ``x``."""
+
+    def __init__(self, target: Target, dtype: torch.dtype) -> None:
+        super().__init__(
+            target.space,
+            log_normalizer=target.log_normalizer,
+            prior=target.prior,
+            num_modes=target.num_modes,
+            has_sampler=target.has_sampler,
+        )
+        self.target = target
+        self.dtype = dtype
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.target.log_prob(x.to(self.dtype)).to(x.dtype)
+
+    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        log_prob, score = self.target.log_prob_and_score(x.to(self.dtype))
+        return log_prob.to(x.dtype), score.to(x.dtype)
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        return self.target.sample(n, generator=generator)
+
+    def mode_labels(self, x: Tensor) -> Tensor:
+        return self.target.mode_labels(x)
+
+    def mode_weights(self) -> Tensor:
+        return self.target.mode_weights()
+
+    def constrain(self, x: Tensor) -> dict[str, Tensor]:
+        return self.target.constrain(x)

@@ -1,0 +1,225 @@
+"""What the front door builds from a name or from a pilot: samplers in coordinates that need no tuning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from diffsampler.estimators import systematic_resample
+from diffsampler.methods.cmcd import CMCD
+from diffsampler.methods.dds import DDS
+from diffsampler.methods.dis import DIS
+from diffsampler.methods.pis import PIS
+from diffsampler.objective import BridgeLikelihood, LogVariance
+from diffsampler.particles import Particles
+from diffsampler.pilot import PilotResult
+from diffsampler.pilot.guide import wide_law
+from diffsampler.pilot.search import multistart
+from diffsampler.pilot.transport import PulledBack
+from diffsampler.sampler import DiffusionSampler, Sampler
+from diffsampler.schedule import variance_exploding
+from diffsampler.smc import SMCResult, smc
+from diffsampler.space import Euclidean, MeanFree, Torus
+from diffsampler.target import AffineTarget, Target
+from diffsampler.tempering import TemperedPath
+
+__all__ = ["MappedSampler", "learned_sampler", "plain_smc", "refined_sampler"]
+
+BRIDGE_STEPS = 400
+POLISH_STEPS = 150
+REFINED_BATCH = 256
+BRIDGE_SHARE = 0.4
+"""Share of the learned process' budget for simulation-free training; the rest polishes with the log-variance loss."""
+
+
+@final
+class MappedSampler(Sampler):
+    """A learned sampler in convenient coordinates, whose particles are mapped back to the target's own.
+
+    The normalizing constant does not change, so neither do the weights.
+
+    Arguments:
+        target: The target in its own coordinates.
+        inner: Sampler of the mapped target.
+        to_original: Map of points ``(n, D)``.
+    """
+
+    def __init__(self, target: Target, inner: DiffusionSampler, to_original: Callable[[Tensor], Tensor]) -> None:
+        self.target = target
+        self.inner = inner
+        self.to_original = to_original
+
+    @property
+    def evaluations(self) -> int:
+        return self.inner.evaluations
+
+    def sample(self, n: int, *, seed: int = 0) -> Particles:
+        particles = self.inner.sample(n, seed=seed)
+        x = self.to_original(particles.x)
+        return Particles(x, particles.log_weight, nonfinite=particles.nonfinite)
+
+
+def standardize(target: Target, *, generator: torch.Generator) -> tuple[AffineTarget, float]:
+    """Coordinates in which the mass sits at the origin with unit scale, and the smallest local scale in them."""
+    space = target.space
+    device = generator.device
+    one = torch.ones(1, dtype=torch.float64, device=device)
+    origin = torch.zeros(space.dim, dtype=torch.float64, device=device)
+    if isinstance(space, Torus):
+        return AffineTarget(target, origin, one), 0.3
+    if not isinstance(space, Euclidean):
+        return AffineTarget(target, origin, one * _isotropic_scale(target, generator)), 0.3
+    fits = multistart(target, generator=generator).good().distinct()
+    location, scale = fits.pooled()
+    local = float((fits.scale / scale).min().clamp(0.005, 1.0))
+    return AffineTarget(target, location, scale), local
+
+
+def _isotropic_scale(target: Target, generator: torch.Generator) -> float:
+    """Scale of an isotropic Gaussian by a coarse search for the largest evidence lower bound."""
+    like = torch.empty(0, dtype=torch.float64, device=generator.device)
+    noise = target.space.noise((256,), like=like, generator=generator)
+    scales = torch.logspace(-2, 2, 41, dtype=torch.float64, device=generator.device)
+    with torch.no_grad():
+        bound = [float(target.log_prob(s * noise).mean()) + target.space.dof * math.log(float(s)) for s in scales]
+    finite = [b if math.isfinite(b) else -math.inf for b in bound]
+    return float(scales[max(range(len(finite)), key=finite.__getitem__)])
+
+
+def learned_sampler(
+    name: str, target: Target, *, generator: torch.Generator, dtype: torch.dtype
+) -> tuple[MappedSampler, dict[str, Any]]:
+    """The sampler of a named method, in standardized coordinates."""
+    standard, local = standardize(target, generator=generator)
+    seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+    features = 64 if target.dim <= 4 else 0
+    noise_min = min(0.5, max(0.01, 0.5 * local))
+    step = min(0.05, max(1e-3, 0.5 * local**2))
+    makers: dict[str, Callable[[], DiffusionSampler]] = {
+        "pis": lambda: PIS(standard, scale=1.5, point_features=features, seed=seed),
+        "dds": lambda: DDS(standard, scale=1.5, point_features=features, seed=seed),
+        "dis": lambda: DIS(
+            standard,
+            num_steps=32,
+            schedule=variance_exploding(32, noise_min=noise_min),
+            point_features=features,
+            seed=seed,
+        ),
+        "cmcd": lambda: CMCD(standard, scale=1.5, step_size=step, seed=seed),
+    }
+    sampler = makers[name]().to(device=generator.device, dtype=dtype)
+    choices = {
+        "location": standard.location.tolist(),
+        "scale": standard.scale.tolist(),
+        "local_scale": local,
+        "num_steps": sampler.process.num_steps,
+    }
+    return MappedSampler(target, sampler, standard.to_original), choices
+
+
+def plain_smc(
+    target: Target, n: int, num_islands: int, *, generator: torch.Generator, stop: Callable[[], bool]
+) -> SMCResult:
+    """Adaptive tempered SMC, then the same schedule frozen: from the prior if there is one, else a wide Student-t."""
+    reference = target.prior
+    if reference is None:
+        if not isinstance(target.space, Euclidean):
+            raise ValueError(f"method='smc' needs a prior on {target.space}; use 'auto'.")
+        reference = wide_law(multistart(target, generator=generator).good().distinct())
+    path = TemperedPath(reference, target)
+    return smc(path, n=n, num_islands=num_islands, generator=generator, two_pass=True, stop=stop)
+
+
+def refined_sampler(
+    target: Target,
+    pilot: PilotResult,
+    *,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    steps: int | None,
+    limited: bool,
+    spent: Callable[[], float],
+    callback: Callable[[dict[str, float]], None],
+    start: Callable[[str, int | None], None],
+) -> tuple[MappedSampler, dict[str, Any]]:
+    """A process trained on a pilot's particles, in the pilot's map coordinates.
+
+    First by simulation-free bridge likelihood on the particles, then by the log-variance loss on fresh and replayed
+    paths, which removes what the particles' errors left behind.
+    """
+    assert pilot.particles is not None
+    device = generator.device
+    index = systematic_resample(pilot.particles.log_weight, generator=generator)
+    x = pilot.particles.x[index]
+    if pilot.transport is None:
+        base, z, unmap = target, x, lambda u: u
+    else:
+        transport = pilot.transport
+        base, z = PulledBack(target, transport), transport.inverse(x)
+        unmap = lambda u: transport(u)[0]  # noqa: E731
+    standard = _standard(base, z)
+    bank = standard.to_standard(z).to(dtype)
+    local = _local_scale(standard, bank)
+    seed = int(torch.randint(2**31, (), generator=generator, device=device))
+    num_steps = 32
+    sampler = DIS(
+        standard,
+        num_steps=num_steps,
+        schedule=variance_exploding(num_steps, noise_min=0.5 * local),
+        point_features=64 if target.dim <= 4 else 0,
+        width=96,
+        seed=seed,
+    )
+    sampler.to(device=device, dtype=dtype)
+    history = []
+    for objective, share, count, rate in (
+        (BridgeLikelihood(), BRIDGE_SHARE, BRIDGE_STEPS, 2e-3),
+        (LogVariance(), 1.0, POLISH_STEPS, 1e-3),
+    ):
+        sampler.objective = objective
+        number = steps if steps is not None else (1_000_000 if limited else count)
+        start("simulation-free training" if objective.needs_bridge else "polishing", number if not limited else None)
+        sampler.fit(
+            steps=number,
+            batch_size=REFINED_BATCH,
+            learning_rate=rate,
+            seed=seed,
+            bank=bank,
+            spent=_until(spent, share),
+            callback=callback,
+        )
+        history += sampler.history
+    sampler.history = history
+    choices = {"num_steps": num_steps, "noise_min": 0.5 * local, "learned_steps": int(sum(_last_steps(history)))}
+    return MappedSampler(target, sampler, lambda u: unmap(standard.to_original(u))), choices
+
+
+def _until(spent: Callable[[], float], share: float) -> Callable[[], float]:
+    first = spent()
+    return lambda: (spent() - first) / max(share - first, 1e-9)
+
+
+def _last_steps(history: list[dict[str, float]]) -> list[float]:
+    """Number of steps of each phase: the last entry before the count starts anew."""
+    steps = [entry["step"] for entry in history]
+    return [s for s, after in zip(steps, [*steps[1:], 0], strict=True) if after <= s]
+
+
+def _standard(target: Target, z: Tensor) -> AffineTarget:
+    if isinstance(target.space, Euclidean):
+        return AffineTarget(target, z.mean(0), z.std(0))
+    one = torch.ones(1, dtype=torch.float64, device=z.device)
+    if isinstance(target.space, MeanFree):
+        one = one * (z.square().sum(-1).mean() / target.space.dof).sqrt()
+    return AffineTarget(target, torch.zeros(target.dim, dtype=torch.float64, device=z.device), one)
+
+
+def _local_scale(target: Target, points: Tensor) -> float:
+    """Smallest scale of the density about its particles, by the inverse size of the score."""
+    score = target.score(points).double()
+    size = score.square().mean(0).sqrt()
+    return float((1.0 / size.max()).clamp(0.01, 1.0))
