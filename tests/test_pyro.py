@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import itertools
 import math
 import warnings
-from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -17,6 +15,7 @@ from pyro import poutine
 from pyro.infer.mcmc.util import initialize_model
 
 from diffsampler.baselines.pyro_nuts import PyroNUTS
+from diffsampler.integrations import examples as posteriors
 from diffsampler.integrations.pyro import PyroTarget, nuts, sample_prior
 
 SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
@@ -596,15 +595,7 @@ def test_nuts_keeps_sites_chains_and_divergences():
     assert torch.equal(chains.samples["a"], again.samples["a"])
 
 
-def _posteriors():
-    spec = importlib.util.spec_from_file_location("posteriors", Path(__file__).parents[1] / "experiments/posteriors.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_galaxy_mixture_is_symmetric_under_relabelling():
-    posteriors = _posteriors()
     assert len(posteriors.GALAXIES) == 82 and list(posteriors.GALAXIES) == sorted(posteriors.GALAXIES)
     target = posteriors.galaxies()
     x = points(50, target.dim)
@@ -626,7 +617,6 @@ def test_galaxy_mixture_is_symmetric_under_relabelling():
 
 
 def test_both_forms_of_eight_schools_are_one_posterior():
-    posteriors = _posteriors()
     centered, free = posteriors.eight_schools(), posteriors.eight_schools(centered=False)
     x = points(20, 10)
     values = free.constrain(x, deterministic=True)
@@ -641,7 +631,6 @@ def test_both_forms_of_eight_schools_are_one_posterior():
 def test_galaxy_evidence_is_the_published_one():
     from diffsampler.baselines import SMC
 
-    posteriors = _posteriors()
     target = posteriors.galaxies()
     particles = SMC(target, num_islands=16).sample(1600, seed=1)
     # Four reported errors of an estimate from 16 islands (t with 15 degrees of freedom): false alarm 1e-3.
@@ -657,7 +646,7 @@ def test_galaxy_evidence_is_the_published_one():
 def test_eight_schools_agree_with_the_reference_draws(centered):
     from diffsampler.baselines import SMC
 
-    target = _posteriors().eight_schools(centered=centered)
+    target = posteriors.eight_schools(centered=centered)
     particles = SMC(target).sample(4000, seed=0)
     values = target.constrain(particles.x)
     # posteriordb, 10,000 reference draws: mu 4.41 (3.31), tau 3.61 (3.20).

@@ -220,6 +220,7 @@ class PyroPrior(Target):
         dim = sum(math.prod(site.unconstrained) for site in model.sites.values())
         super().__init__(Euclidean(dim), log_normalizer=0.0, has_sampler=True)
         self._model = model
+        self._home = next(iter(latents.values())).value.device
         self._roots, self._batched = draw_plan(model, latents)
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -229,13 +230,17 @@ class PyroPrior(Target):
         return _constrain(self._model, x)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        x = self._draw(n, generator)
+        return x if generator is None else x.to(generator.device)
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         model = self._model
-        with seeded(generator), model.scope(model.device):
+        with seeded(generator), model.scope(self._home):
             rows = {name: fn.sample((n,)).double() for name, fn in self._roots.items()}
         if self._batched:
             with seeded(generator):
                 return unconstrain(model, rows, randomness="different")
-        with seeded(generator), model.scope(model.device):
+        with seeded(generator), model.scope(self._home):
             draws = [model.draw({name: row[i] for name, row in rows.items()}) for i in range(n)]
         return torch.stack([flatten(model.sites, draw.latents) for draw in draws])
 

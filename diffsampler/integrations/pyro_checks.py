@@ -24,7 +24,8 @@ T = TypeVar("T")
 @contextlib.contextmanager
 def seeded(generator: torch.Generator | None) -> Iterator[None]:
     """Seed torch's global generator, which Pyro draws from, for the length of a block."""
-    seed = int(torch.randint(2**62, (), generator=generator))
+    home = None if generator is None else generator.device
+    seed = int(torch.randint(2**62, (), generator=generator, device=home))
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(seed)
@@ -172,7 +173,7 @@ def check_batch(model: Model, points: Tensor) -> None:
     try:
         with torch.random.fork_rng(devices=[]):
             batch = _total(model, points)
-    except Exception as error:  # noqa: BLE001 - whatever vmap cannot do, the loop can
+    except Exception as error:  # whatever vmap cannot do, the loop can
         reason = _reason(error)
     else:
         if torch.allclose(batch, loop, rtol=1e-8, atol=1e-8, equal_nan=True):
