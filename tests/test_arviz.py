@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -115,6 +116,27 @@ def test_bad_input_is_refused(change, message):
 def test_arviz_is_not_imported_with_the_library():
     code = "import sys, diffsampler, diffsampler.integrations.arviz; sys.exit('arviz' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("version", ["0.23.4", "1.3.0"])
+def test_both_generations_of_arviz_are_called_in_their_own_way(version, monkeypatch):
+    def from_dict(*args, **kwargs):
+        return args, kwargs
+
+    module = types.ModuleType("arviz")
+    module.__version__, module.from_dict = version, from_dict
+    monkeypatch.setitem(sys.modules, "arviz", module)
+    posterior, log_weight = _weighted(8)
+    args, kwargs = to_arviz(posterior, log_weight, weights="keep", num_chains=2)
+    groups, attrs = (args[0], kwargs["attrs"]["/"]) if version == "1.3.0" else (kwargs, kwargs["attrs"])
+    assert groups["posterior"]["b"].shape == (2, 4, 2) and groups["sample_stats"]["log_weight"].shape == (2, 4)
+    assert attrs["inference_library"] == "diffsampler"
+
+
+def test_missing_arviz_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "arviz", None)
+    with pytest.raises(ImportError, match="Expected arviz to be installed: pip install"):
+        to_arviz(*_weighted(8))
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0, 3.0])
