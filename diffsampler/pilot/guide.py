@@ -1,0 +1,172 @@
+r"""References that pilots temper from: built from a search first, from draws later.
+
+A :class:`Guide` is a transport map with a normalised reference density in its coordinates ``z``. All passes of the
+pilot run in ``z``, where the target is :math:`\log\rho(T(z)) + \log|\det T'(z)|` and has the same normaliser.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffsampler.pilot.density_fits import fit_gaussian_mixture, fit_product, stack
+from diffsampler.pilot.modes import ModeSet
+from diffsampler.pilot.reference import EllipticalMixture, ProductMixture, Stacked, student_t
+from diffsampler.pilot.search import MeanFieldFits
+from diffsampler.pilot.transport import AffineMap, PulledBack, TransportMap
+from diffsampler.pilot.transport_fit import fit_transport
+from diffsampler.target import Target
+
+__all__ = ["Guide", "Knowledge", "first_guide", "prior_guide", "refit_guide"]
+
+STRETCH = 2.5
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A map and a reference in its coordinates.
+
+    Arguments:
+        transport: ``x = T(z)``; None for the identity, on spaces without maps.
+        reference: Normalised density of ``z`` with an exact sampler.
+        weights: Name and weight of each component of the reference.
+    """
+
+    transport: TransportMap | None
+    reference: Target
+    weights: dict[str, float]
+
+    def map(self, z: Tensor) -> Tensor:
+        """Points ``x (n, D)`` of map coordinates ``z (n, D)``."""
+        return z if self.transport is None else self.transport(z)[0]
+
+    def pull_back(self, target: Target) -> Target:
+        """The target in map coordinates."""
+        return target if self.transport is None else PulledBack(target, self.transport)
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What the search found, in ``x``.
+
+    Arguments:
+        fits: Good, distinct variational fits.
+        modes: Peaked modes that repeat, or None.
+        prior: Normalised prior with an exact sampler, or None.
+        wide: Widest plausible law, a Student-t.
+        product: Product of the marginals of the fits, or None. It recombines coordinates: with two sides found in
+            each of ``D`` coordinates it covers all ``2^D`` modes.
+    """
+
+    fits: MeanFieldFits
+    modes: ModeSet | None
+    prior: Target | None
+    wide: EllipticalMixture
+    product: ProductMixture | None
+
+    def variational(self) -> EllipticalMixture:
+        """Mixture of diagonal Student-t laws at the fits; half of the weight by bound, half equal."""
+        fits = self.fits
+        weight = 0.5 * torch.softmax(fits.elbo, 0) + 0.5 / len(fits)
+        return EllipticalMixture(fits.location, 1.3 * fits.scale, weight.log(), df=3.0)
+
+    def components(self) -> dict[str, tuple[Target, float]]:
+        """Component and smallest weight, by name."""
+        parts: dict[str, tuple[Target, float]] = {"wide": (self.wide, 0.05), "variational": (self.variational(), 0.05)}
+        if self.product is not None:
+            parts["variational product"] = (self.product, 0.05)
+        if self.modes is not None:
+            parts["laplace"] = (self.modes.mixture(df=5.0, inflate=1.1, mix=0.3), 0.05)
+        if self.prior is not None:
+            parts["prior"] = (self.prior, 0.2)
+        return parts
+
+
+def wide_law(fits: MeanFieldFits) -> EllipticalMixture:
+    """Student-t(3) law at twice the pooled spread of the fits, covariance shrunk half-way to its diagonal."""
+    mean, spread = fits.pooled()
+    centred = (fits.location - mean) / spread
+    within = torch.diag((fits.scale / spread).square().mean(0))
+    cov = centred.mT @ centred / len(fits) + within
+    cov = 0.5 * cov + 0.5 * torch.diag(cov.diagonal())
+    return student_t(mean, 2.0 * spread.unsqueeze(-1) * torch.linalg.cholesky(cov), df=3.0)
+
+
+def _diagonal_map(mean: Tensor, spread: Tensor) -> AffineMap:
+    return AffineMap(mean, torch.diag(spread))
+
+
+def first_guide(knowledge: Knowledge) -> Guide:
+    """The reference of the first pass: wide law, variational mixture, Laplace mixture, prior."""
+    fits = knowledge.fits
+    transport = _diagonal_map(*fits.pooled())
+    weight = {"wide": 0.2, "variational": 0.3, "variational product": 0.2, "laplace": 0.3, "prior": 0.5}
+    parts = knowledge.components()
+    weights = torch.tensor([weight[name] for name in parts], dtype=torch.float64)
+    reference = Stacked([part for part, _ in parts.values()], weights)
+    return Guide(transport, PulledBack(reference, transport), _weights(parts, reference))
+
+
+def prior_guide(prior: Target, *, generator: torch.Generator | None = None) -> Guide:
+    """Tempering of the likelihood from the prior."""
+    x = prior.sample(2048, generator=generator).double()
+    # Quartiles: a heavy-tailed prior has no standard deviation to speak of.
+    low, mid, high = torch.quantile(x, x.new_tensor([0.25, 0.5, 0.75]), dim=0)
+    spread = ((high - low) / 1.349).clamp_min(1e-12)
+    transport = _diagonal_map(mid, spread)
+    return Guide(transport, PulledBack(prior, transport), {"prior": 1.0})
+
+
+def _weights(names: dict[str, tuple[Target, float]], reference: Stacked) -> dict[str, float]:
+    return dict(zip(names, [round(float(w), 4) for w in reference.log_weight.exp()], strict=True))
+
+
+def _stacked(
+    parts: dict[str, tuple[Target, float]], held_out: Tensor, transport: TransportMap, *, smallest: float = 0.015
+) -> Guide:
+    """Stack by held-out likelihood in ``z`` and drop what does not matter."""
+    reference = stack([part for part, _ in parts.values()], [floor for _, floor in parts.values()], held_out)
+    weight = reference.log_weight.exp()
+    kept = {name: part for (name, part), w in zip(parts.items(), weight.tolist(), strict=True) if w >= smallest}
+    reference = reference.pruned(smallest)
+    return Guide(transport, reference, _weights(kept, reference))
+
+
+def refit_guide(
+    x: Tensor, held_out: Tensor, knowledge: Knowledge, *, generator: torch.Generator | None = None
+) -> Guide:
+    """The reference of a later pass, from equally weighted draws of the one before.
+
+    Arguments:
+        x: Draws to fit, shape ``(n, D)``.
+        held_out: Draws from other islands, shape ``(m, D)``.
+        knowledge: What the search found.
+        generator: Source of randomness.
+    """
+    transport = fit_transport(x, held_out)
+    z, z_held = transport.inverse(x), transport.inverse(held_out)
+    keep = torch.isfinite(z_held).all(-1)
+    dim = x.shape[1]
+    unit = z.new_ones(dim)
+    stretched = unit.clone()
+    stretched[0] = STRETCH
+    zero = z.new_zeros(dim)
+    parts: dict[str, tuple[Target, float]] = {
+        "map": (student_t(zero, 1.02 * unit), 0.1),
+        "map heavy": (student_t(zero, unit, df=4.0), 0.05),
+        "map stretched": (student_t(zero, stretched, df=8.0), 0.1),
+    }
+    centres = None if knowledge.modes is None else transport.inverse(knowledge.modes.centre)
+    if centres is not None and not bool(torch.isfinite(centres).all()):
+        centres = None
+    parts["mixture"] = (
+        fit_gaussian_mixture(z[torch.isfinite(z).all(-1)], z_held[keep], centres=centres, generator=generator),
+        0.0,
+    )
+    if dim > 1:
+        parts["product"] = (PulledBack(fit_product(x), transport), 0.0)
+    for name, (part, floor) in knowledge.components().items():
+        parts[name] = (PulledBack(part, transport), floor)
+    return _stacked(parts, z_held[keep], transport)
