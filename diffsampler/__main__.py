@@ -110,9 +110,10 @@ def _sample(options: argparse.Namespace) -> int:
 def _write(fit: Fit, target: Target, out: Path, settings: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     fit.save(out / "fit")
-    figures = ["pair", "weights"] + (["training"] if fit.history else [])
-    for name in figures:
-        fit.plot(name).savefig(out / f"{name}.png")
+    fit.plot("pair").savefig(out / "pair.png")
+    fit.plot("weights").savefig(out / "weights.png")
+    if fit.history:
+        fit.plot("training").savefig(out / "training.png")
     settings.pop("budget", None)
     summary = {
         "versions": versions(),

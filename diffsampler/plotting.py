@@ -214,7 +214,7 @@ def comparison(rows: Sequence[Mapping[str, Any]], *, title: str = "", floor: flo
         raise ValueError("Expected at least one row to compare; got none.")
     targets = list(dict.fromkeys(row["target"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    width = 0.8 / len(methods)
+    width, highest = 0.8 / len(methods), floor
     with _figure(max(1.4 * len(targets) * len(methods) ** 0.5, 5.0), 3.4, 1, 1) as (figure, axes):
         ax = axes[0][0]
         for row in rows:
@@ -228,6 +228,7 @@ def comparison(rows: Sequence[Mapping[str, Any]], *, title: str = "", floor: flo
             if math.isfinite(spread) and spread > floor:
                 ax.plot([x - 0.4 * width, x + 0.4 * width], [spread, spread], color="#222222", linewidth=1.4)
                 top = max(top, spread)
+            highest = max(highest, top)
             text = f"{error:.2g}" if math.isfinite(error) else "none"
             ax.annotate(text, (x, top), (0, 2), textcoords="offset points", ha="center", fontsize=7, color="#333333")
         for m, method in enumerate(methods):
@@ -235,10 +236,7 @@ def comparison(rows: Sequence[Mapping[str, Any]], *, title: str = "", floor: flo
         ax.plot([], [], color="#222222", linewidth=1.4, label="stated standard error")
         ax.set_xticks(range(len(targets)), targets)
         ax.tick_params(axis="x", length=0)
-        ax.set_yscale("log")
-        ax.margins(y=0.12)
-        ax.set_ylim(bottom=floor)
-        ax.set_ylabel("absolute error of log Z")
+        ax.set(ylim=(floor, 2.5 * highest), yscale="log", ylabel="absolute error of log Z")
         ax.set_title(title)
         figure.legend(loc="outside right upper")
     return figure
@@ -260,7 +258,7 @@ def marginals(
         names: Names to show, those of the first sampler by default, in this order.
         max_dims: Coordinates to show at most.
         columns: Panels per row.
-        reference: The sampler to fill in grey behind the others, such as a long run.
+        reference: The sampler to fill in grey behind the others, such as a long run; it sets the range of each axis.
         title: Heading of the figure.
 
     Raises:
@@ -275,7 +273,8 @@ def marginals(
     rows = math.ceil(len(shown) / columns)
     with _figure(3.1 * columns, 2.3 * rows + 0.5, rows, columns, pad=0.12) as (figure, axes):
         for ax, name in zip(axes.flat, shown, strict=False):
-            ranges = [_limits(table[label][name], mass[label]) for label in table]
+            # One sampler that strays must not squeeze the reference into a line.
+            ranges = [_limits(table[m][name], mass[m]) for m in ([reference] if reference in table else table)]
             limits = min(low for low, _ in ranges), max(high for _, high in ranges)
             colors = iter(COLORS * len(table))
             for label in table:
@@ -380,7 +379,7 @@ def _robust_range(ax: Axes, values: list[float], exact: list[float]) -> None:
     later = torch.tensor([*values[len(values) // 10 :], *exact], dtype=torch.float64)
     if len(values) < 10:
         return
-    low, high = torch.quantile(later, torch.tensor([0.005, 0.995], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(later, later.new_tensor([0.005, 0.995])).tolist()
     low, high = min([low, *exact]), max([high, *exact])
     if high > low:
         margin = 0.08 * (high - low)

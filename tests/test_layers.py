@@ -40,7 +40,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "plotting": ("estimators",),
     "result": ("particles", "storage", "integrations", "plotting"),
     "checks": ("target",),
-    "inference": ("methods", "pilot", "checks", "result"),
+    "recipes": ("methods", "pilot"),
+    "progress": (),
+    "inference": ("recipes", "checks", "result", "progress"),
     "integrations": ("inference",),
     "targets": ("target",),
     "baselines": ("smc", "methods", "integrations"),
@@ -62,7 +64,7 @@ LAZY_HOMES: dict[str, tuple[str, ...]] = {
     "numpyro": ("baselines",),
     "jax": ("baselines",),
     "blackjax": ("baselines",),
-    "tqdm": ("sampler", "smc", "pilot", "inference", "baselines", "methods", "__main__", "_demo"),
+    "tqdm": ("progress",),
     "pytest": ("testing",),
 }
 FORBIDDEN_ROOTS = ("experiments", "tests", "targets", "baselines")
@@ -244,6 +246,15 @@ def check_print(name: str, source: str) -> list[str]:
     return [f"{name}:{n.lineno}: print in the library" for n in calls if ast.unparse(n.func) == "print"]
 
 
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Length of a function without its docstring, which the rule on long functions must not discourage."""
+    length = (function.end_lineno or function.lineno) - function.lineno + 1
+    first = function.body[0]
+    if ast.get_docstring(function) is not None:
+        length -= (first.end_lineno or first.lineno) - first.lineno + 1
+    return length
+
+
 def check_size(name: str, source: str) -> list[str]:
     problems = []
     lines = source.count("\n")
@@ -251,7 +262,7 @@ def check_size(name: str, source: str) -> list[str]:
         problems.append(f"{name}: {lines} lines, at most {MAX_MODULE_LINES}")
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            length = code_lines(node)
             if length > MAX_FUNCTION_LINES:
                 problems.append(f"{name}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION_LINES}")
     return problems
