@@ -75,6 +75,7 @@ class GaussianMixture(Target):
         self.register_buffer("whitening", whitening)
         self.register_buffer("log_coefficients", shares.log() - log_scale - 0.5 * dim * LOG_2PI)
         self.register_buffer("weights", shares)
+        self.isotropic = self.diagonal and bool((factors == factors[:, :1]).all())
         self._mode_weights: Tensor | None = None
 
     @classmethod
@@ -140,6 +141,8 @@ class GaussianMixture(Target):
 
     def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
+            if self.isotropic:
+                return self._isotropic(x)
             z = self._whiten(x)
             log_shares = self._log_shares(z)
             log_prob = torch.logsumexp(log_shares, -1)
@@ -148,6 +151,21 @@ class GaussianMixture(Target):
             if self.diagonal:
                 return log_prob, -(pull * whitening).sum(-2)
             return log_prob, -torch.einsum("...ki,kij->...j", pull, whitening)
+
+    def _isotropic(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Round components need only distances: a third of the work, and half of a diffusion's simulation."""
+        flat = x.reshape(-1, self.dim)
+        means, precision = self.means.to(x), self.whitening[:, :1].square().to(x)
+        # Not by a matrix product, which cancels when points are far from the origin; and with components first, since
+        # reductions over a short last axis are ten times slower.
+        square = torch.cdist(means, flat, compute_mode="donot_use_mm_for_euclid_dist").square_()
+        log_shares = torch.addcmul(self.log_coefficients.to(x).unsqueeze(-1), square, precision, value=-0.5)
+        shares = torch.softmax(log_shares, 0)
+        # The largest share is exp(largest logit - logsumexp).
+        log_prob = log_shares.amax(0) - shares.amax(0).log()
+        pull = shares.mul_(precision)
+        score = torch.addmm(-flat * pull.sum(0).unsqueeze(-1), pull.T, means)
+        return log_prob.reshape(x.shape[:-1]), score.reshape(x.shape)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         u = draws.uniform(n, generator=generator, like=self.means)
