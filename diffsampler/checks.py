@@ -6,11 +6,13 @@ give a wrong answer much later, or none. Every question costs a handful of evalu
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from diffsampler.space import Torus
-from diffsampler.target import Target
+from diffsampler.target import Target, shape_message
 
 __all__ = ["check_points", "check_target", "working_dtype"]
 
@@ -27,15 +29,21 @@ def check_points(target: Target, n: int = NUM_POINTS, *, seed: int = 0) -> Tenso
     return target.space.project(scale * target.space.noise((n,), like=like, generator=generator))
 
 
+def _count(target: Target, n: int) -> int:
+    """A batch size that differs from the dimension, so that no result has the right shape by chance."""
+    return n + 1 if n == target.dim else n
+
+
 def working_dtype(target: Target, device: torch.device) -> torch.dtype:
     """float64 if the density accepts it, else float32 (a density with float32 constants refuses mixed types)."""
-    x = check_points(target, 2).to(device)
+    x = check_points(target, _count(target, 3)).to(device)
     try:
         target.log_prob(x)
     except RuntimeError as error:
-        if "dtype" not in str(error) and "scalar type" not in str(error):
-            raise _failed(error, x) from error
-        return torch.float32
+        if "dtype" in str(error) or "scalar type" in str(error):
+            return torch.float32
+    except Exception:  # check_target asks again and says what is wrong
+        return torch.float64
     return torch.float64
 
 
@@ -46,9 +54,10 @@ def check_target(target: Target, *, device: torch.device | None = None) -> list[
         Warnings, empty when all is well.
 
     Raises:
-        TypeError: If it is not a :class:`~diffsampler.target.Target`.
-        ValueError: With the offending points, if its density is NaN, infinite or nowhere positive at the starting
-            points, has a wrong shape, a non-finite or wrong gradient, or depends on the other points of a batch.
+        TypeError: If it is not a :class:`~diffsampler.target.Target`, or its density is no floating-point tensor.
+        ValueError: With the offending points, if its density cannot be computed, is NaN, infinite or nowhere positive
+            at the starting points, has a wrong shape, a non-finite or wrong gradient, depends on the other points of
+            a batch, or is not periodic on a torus.
     """
     if not isinstance(target, Target):
         raise TypeError(
@@ -57,10 +66,12 @@ def check_target(target: Target, *, device: torch.device | None = None) -> list[
         )
     device = torch.device("cpu") if device is None else device
     dtype = working_dtype(target, device)
-    x = check_points(target).to(device=device, dtype=dtype)
+    x = check_points(target, _count(target, NUM_POINTS)).to(device=device, dtype=dtype)
     log_prob = _evaluate(target, x)
     usable = _check_values(log_prob, x)
     _check_batch(target, x, log_prob)
+    if isinstance(target.space, Torus):
+        _check_period(target, x, log_prob)
     _check_score(target, x[usable], log_prob[usable])
     if bool(usable.all()):
         return []
@@ -68,19 +79,29 @@ def check_target(target: Target, *, device: torch.device | None = None) -> list[
 
 
 def _failed(error: Exception, x: Tensor) -> ValueError:
+    text = str(error)
+    remedy = f"It must take a batch of points of dimension {x.shape[-1]}, (n, D) -> (n,)."
+    if "Boolean value" in text:
+        remedy = "It must not branch on the values of a batch of points; use torch.where."
+    elif "same device" in text:
+        remedy = "Move its constants to the device of x."
     return ValueError(
-        f"log_prob failed on a batch of shape {tuple(x.shape)} ({type(error).__name__}: {error}). "
-        "Expected a function of batched points, (n, D) -> (n,), that does not branch on their values."
+        f"Expected log_prob to accept a batch of shape {tuple(x.shape)}; got {type(error).__name__}: {text}. {remedy}"
     )
 
 
 def _evaluate(target: Target, x: Tensor) -> Tensor:
     try:
         log_prob = target.log_prob(x)
-    except (RuntimeError, IndexError) as error:
+    except (ValueError, TypeError):  # the target's own refusal, or the user's: both say what they mean
+        raise
+    except Exception as error:
         raise _failed(error, x) from error
-    if log_prob.shape != x.shape[:1]:
-        raise ValueError(f"Expected log_prob to return shape {tuple(x.shape[:1])}; got {tuple(log_prob.shape)}.")
+    if not isinstance(log_prob, Tensor) or log_prob.dtype not in (torch.float32, torch.float64):
+        kind = log_prob.dtype if isinstance(log_prob, Tensor) else type(log_prob).__name__
+        raise TypeError(f"Expected log_prob to return a tensor in float32 or float64; got {kind}.")
+    if log_prob.shape != x.shape[:-1]:
+        raise ValueError(shape_message(tuple(x.shape[:-1]), tuple(log_prob.shape), target.dim))
     return log_prob.detach()
 
 
@@ -101,42 +122,85 @@ def _check_values(log_prob: Tensor, x: Tensor) -> Tensor:
     return usable
 
 
+def _differ(a: Tensor, b: Tensor) -> Tensor:
+    tolerance = 1e-3 if torch.float32 in (a.dtype, b.dtype) else 1e-6
+    return ~((a == b) | ((a - b).abs() <= tolerance * (1.0 + b.abs())))
+
+
 def _check_batch(target: Target, x: Tensor, log_prob: Tensor) -> None:
-    tolerance = 1e-3 if x.dtype == torch.float32 else 1e-6
-    for i in range(3):
+    """One density, whatever else is in the batch and however many batch axes there are."""
+    total = x.sum(-1)
+    # The extremes are the points where a branch on the batch as a whole is most likely to be seen.
+    extreme = [log_prob.argmax(), log_prob.argmin(), total.argmax(), total.argmin()]
+    for i in sorted({0, 1, 2, *(int(j) for j in extreme)}):
         alone = _evaluate(target, x[i : i + 1])[0]
-        together = log_prob[i]
-        if bool((alone - together).abs() > tolerance * (1.0 + together.abs())):
+        if bool(_differ(alone, log_prob[i])):
             raise ValueError(
                 f"Expected log_prob to treat the points of a batch independently; at x = {_show(x[i])} it is "
-                f"{together.item():.6g} in a batch of {len(x)} and {alone.item():.6g} alone."
+                f"{log_prob[i].item():.6g} in a batch of {len(x)} and {alone.item():.6g} alone."
             )
+    stacked = _evaluate(target, x[:4].reshape(2, 2, -1)).flatten()
+    wrong = _differ(stacked, log_prob[:4])
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"Expected log_prob to accept any number of batch axes; at x = {_show(x[i])} it is "
+            f"{log_prob[i].item():.6g} in a batch of shape ({len(x)},) and {stacked[i].item():.6g} in one of (2, 2)."
+        )
+
+
+def _check_period(target: Target, x: Tensor, log_prob: Tensor) -> None:
+    shift = 2.0 * math.pi * (torch.arange(x.numel(), device=x.device) % 2).reshape(x.shape)
+    shifted = _evaluate(target, x + shift.to(x))
+    wrong = _differ(shifted, log_prob)
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"Expected log_prob to have period 2 pi on {target.space}; it is {log_prob[i].item():.6g} at "
+            f"x = {_show(x[i])} and {shifted[i].item():.6g} one period away."
+        )
 
 
 def _check_score(target: Target, x: Tensor, log_prob: Tensor) -> None:
     try:
         score = target.score(x)
     except RuntimeError as error:
+        if "does not require grad" not in str(error) and "numpy()" not in str(error):
+            raise ValueError(f"Expected log_prob to be differentiable; got {type(error).__name__}: {error}.") from error
         raise ValueError(
-            f"Expected log_prob to be differentiable ({error}). Compute it from x with torch operations, without "
-            ".detach(), .item() or numpy, or pass score=."
+            "Expected log_prob to be differentiable; its result does not depend on x through torch operations. "
+            "Compute it from x without .detach(), .item() or numpy, or pass score=."
         ) from error
     bad = ~score.isfinite().all(-1)
     if bool(bad.any()):
         raise ValueError(
             f"Expected a finite gradient of log_prob; got {_show(score[bad][0])} at x = {_show(x[bad][0])}."
         )
-    if x.dtype != torch.float64:
-        return
+    if bool((score == 0.0).all()) and bool((log_prob != log_prob[0]).any()):
+        raise ValueError(
+            f"Expected log_prob to have a gradient; it is zero at all {len(x)} starting points although log_prob "
+            "differs between them. Rounding, counting and comparing have no gradient."
+        )
+    _check_slope(target, x, log_prob, score)
+
+
+def _check_slope(target: Target, x: Tensor, log_prob: Tensor, score: Tensor) -> None:
+    """Compare the score with differences of the density along one direction."""
     generator = torch.Generator().manual_seed(1)
     direction = target.space.noise((len(x),), like=torch.empty(0, dtype=x.dtype), generator=generator).to(x)
-    step = 1e-5
-    with torch.no_grad():
-        slope = (target.log_prob(x + step * direction) - target.log_prob(x - step * direction)) / (2.0 * step)
     expected = (score * direction).sum(-1)
-    # Rounding of the two densities, and one kink or steep spot among many points, must not raise an alarm.
-    size = 1e-16 * log_prob.abs() / step + 1e-2 * (1.0 + expected.abs())
-    wrong = (slope - expected).abs() > size
+    precision = 1e-7 if torch.float32 in (x.dtype, log_prob.dtype) else 1e-16
+    wrong, slope = torch.ones_like(expected, dtype=torch.bool), expected
+    # A score is wrong if it is wrong at every width: narrow ones suffer from rounding, wide ones from curvature.
+    for width in (1e-2, 1e-3) if precision > 1e-10 else (1e-5, 1e-3, 1e-2):
+        step = width * x.abs().amax(-1, keepdim=True).clamp_min(1.0)
+        with torch.no_grad():
+            ends = [_evaluate(target, x + sign * step * direction) for sign in (1.0, -1.0)]
+        step = step.squeeze(-1)
+        slope = (ends[0] - ends[1]) / (2.0 * step)
+        # Rounding of the two densities, and one kink or steep spot among many points, must not raise an alarm.
+        size = 4.0 * precision * (1.0 + log_prob.abs()) / step + 1e-2 * (1.0 + expected.abs())
+        wrong &= (slope - expected).abs() > size
     if int(wrong.sum()) > len(x) // 2:
         i = int(wrong.nonzero()[0])
         raise ValueError(

@@ -133,6 +133,7 @@ class Target(nn.Module, ABC):
         log_normalizer: float | None = None,
     ) -> FunctionTarget:
         """Wrap a batched energy in units of kT; ``force`` is minus its gradient, that is the score."""
+        _check_callable(energy, "energy")
         return FunctionTarget(lambda x: -energy(x), _space_of(dim, space), score=force, log_normalizer=log_normalizer)
 
 
@@ -144,6 +145,11 @@ def _space_of(dim: int | None, space: Space | None) -> Space:
     if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
         raise ValueError(f"Expected dim to be a positive integer; got {dim!r}.")
     return Euclidean(dim)
+
+
+def _check_callable(function: object, name: str) -> None:
+    if not callable(function):
+        raise TypeError(f"Expected {name} to be a function of batched points; got {type(function).__name__}.")
 
 
 @final
@@ -166,6 +172,11 @@ class FunctionTarget(Target):
         log_normalizer: float | None = None,
         prior: Target | None = None,
     ) -> None:
+        _check_callable(function, "log_prob")
+        if score is not None:
+            _check_callable(score, "score")
+        if not isinstance(space, Space):
+            raise TypeError(f"Expected space to be a Space such as Euclidean(2); got {type(space).__name__}.")
         super().__init__(space, log_normalizer=log_normalizer, prior=prior)
         self._function = function
         self._score = score
@@ -177,7 +188,7 @@ class FunctionTarget(Target):
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"Expected log_prob to return a floating-point tensor; got {kind}.")
         if value.shape != flat.shape[:1]:
-            raise ValueError(_shape_message(tuple(flat.shape[:1]), tuple(value.shape)))
+            raise ValueError(shape_message(tuple(flat.shape[:1]), tuple(value.shape), self.dim))
         return value.reshape(x.shape[:-1])
 
     def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,17 +197,27 @@ class FunctionTarget(Target):
         with torch.no_grad():
             flat = x.reshape(-1, self.dim)
             score = self._score(flat)
+            if not isinstance(score, Tensor) or not score.is_floating_point():
+                kind = score.dtype if isinstance(score, Tensor) else type(score).__name__
+                raise TypeError(f"Expected score to return a floating-point tensor; got {kind}.")
             if score.shape != flat.shape:
                 raise ValueError(f"Expected score to return shape {tuple(flat.shape)}; got {tuple(score.shape)}.")
             return self.log_prob(x), score.reshape(x.shape)
 
 
-def _shape_message(expected: tuple[int, ...], got: tuple[int, ...]) -> str:
+def shape_message(expected: tuple[int, ...], got: tuple[int, ...], dim: int) -> str:
+    """What is wrong with the shape of a log density, and the likely remedy."""
     message = f"Expected log_prob to return shape {expected}; got {got}."
     if got == (*expected, 1):
         return message + " Drop the last axis."
     if got == ():
         return message + " Sum over the event axis only (dim=-1), not over the batch."
+    if got == (*expected, dim):
+        return message + " Sum over the last axis."
+    if got == 2 * expected:
+        return message + " A product of batches is (x * y).sum(-1), not x @ y."
+    if got == (dim,):
+        return message + " The function sees a batch (n, D); a coordinate is x[..., i], not x[i]."
     return message
 
 
