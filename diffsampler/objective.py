@@ -12,8 +12,9 @@ forward KL             :math:`-E_B \sum_k \log F_k`                           de
 bridge likelihood      the same, at single steps of paths drawn in closed form  detached, no simulation
 =====================  =====================================================  ==================
 
-On policy, the detached gradients of half the log-variance, of VarGrad and of trajectory balance at the true
-:math:`\log Z` all equal the pathwise gradient of the reverse KL divergence in expectation.
+On policy, where the backward chain has no parameters, the detached gradients of half the log-variance, of VarGrad and
+of trajectory balance at the true :math:`\log Z` all equal the pathwise gradient of the reverse KL divergence in
+expectation.
 
 References:
     Solving high-dimensional HJB PDEs using neural networks (Nuesken, Richter, 2021), https://arxiv.org/abs/2005.05409
