@@ -14,7 +14,7 @@ from torch import Tensor
 from diffsampler.space import Torus
 from diffsampler.target import Target, shape_message
 
-__all__ = ["check_points", "check_target", "working_dtype"]
+__all__ = ["check_points", "check_target", "differing_point", "working_dtype"]
 
 NUM_POINTS = 16
 
@@ -76,6 +76,19 @@ def check_target(target: Target, *, device: torch.device | None = None) -> list[
     if bool(usable.all()):
         return []
     return [f"log_prob is -inf at {int((~usable).sum())} of {len(x)} starting points, first at {_show(x[~usable][0])}."]
+
+
+def differing_point(a: Target, b: Target, *, device: torch.device) -> tuple[str, float, float] | None:
+    """A point at which two targets on one space differ, with both log densities; None if they seem to be the same."""
+    dtype = torch.float64 if working_dtype(a, device) == working_dtype(b, device) == torch.float64 else torch.float32
+    x = check_points(a).to(device=device, dtype=dtype)
+    with torch.no_grad():
+        first, second = a.log_prob(x).double(), b.log_prob(x).double()
+    wrong = ~torch.isclose(first, second, rtol=1e-3, atol=1e-3, equal_nan=True)
+    if not bool(wrong.any()):
+        return None
+    i = int(wrong.nonzero()[0])
+    return _show(x[i]), first[i].item(), second[i].item()
 
 
 def _failed(error: Exception, x: Tensor) -> ValueError:

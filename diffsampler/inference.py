@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from diffsampler.checks import check_target, working_dtype
+from diffsampler.budget import Budget, Task, TrainingMeter
+from diffsampler.checks import check_target, differing_point, working_dtype
 from diffsampler.particles import Particles
 from diffsampler.pilot import PilotResult, run_pilot
 from diffsampler.progress import Progress
-from diffsampler.recipes import learned_sampler, plain_smc, refined_sampler
+from diffsampler.recipes import REFINED_BATCH, learned_sampler, plain_smc, refined_sampler
 from diffsampler.result import Finding, Fit, diagnose
 from diffsampler.sampler import DiffusionSampler, Sampler
 from diffsampler.target import CastTarget, CountedTarget, Target
@@ -30,6 +31,10 @@ PILOT_SHARE = 0.5
 """Share of a budget that the pilot may spend before the learned process starts."""
 DEFAULT_STEPS = 1000
 """Gradient steps of a named learned method without a budget."""
+BATCH_SIZE = 512
+"""Trajectories per gradient step of a learned method."""
+FEWEST_DRAWS = 100
+"""Draws that are made even if an evaluation budget does not pay for them; fewer are no answer."""
 
 
 class MethodInfo(NamedTuple):
@@ -49,69 +54,8 @@ METHODS: dict[str, MethodInfo] = {
     "dis": MethodInfo("dis", "Improved sampling via learned diffusions (Richter, Berner)", 2024, "gradient"),
     "cmcd": MethodInfo("cmcd", "Controlled Monte Carlo Diffusions (Vargas et al.)", 2024, "gradient"),
 }
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a run may spend; whichever limit is reached first ends it.
-
-    Arguments:
-        seconds: Wall-clock time.
-        evaluations: Points at which the density or its gradient is computed.
-        steps: Gradient steps of training.
-
-    Raises:
-        ValueError: If a limit is not positive.
-    """
-
-    seconds: float | None = None
-    evaluations: int | None = None
-    steps: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("seconds", "evaluations", "steps"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"Expected a positive budget of {name}; got {value}. Leave it out for no limit.")
-
-
-@dataclass
-class _Task:
-    """One call of :func:`sample` on its way."""
-
-    target: CountedTarget
-    num_samples: int
-    seed: int
-    dtype: torch.dtype
-    device: torch.device
-    budget: Budget
-    progress: Progress
-    checkpoint: str | Path | None
-    resume: bool
-    began: float
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.began
-
-    def spent(self) -> float:
-        """Share of the budget that is used up, in seconds or evaluations."""
-        shares = [0.0]
-        if self.budget.seconds is not None:
-            shares.append(self.seconds / self.budget.seconds)
-        if self.budget.evaluations is not None:
-            shares.append(self.target.evaluations / self.budget.evaluations)
-        return max(shares)
-
-    def spent_since(self) -> Callable[[], float]:
-        """Share used up of what is left now; the time to draw the samples themselves is kept back."""
-        start, reserve = self.spent(), 0.05
-        left = max(1.0 - reserve - start, 1e-9)
-        return lambda: (self.spent() - start) / left
-
-    @property
-    def generator(self) -> torch.Generator:
-        return torch.Generator(self.device).manual_seed(self.seed)
+LEARNED = tuple(name for name in METHODS if name not in ("auto", "smc"))
+"""Methods that train, and so keep checkpoints."""
 
 
 class _Answer(NamedTuple):
@@ -158,33 +102,37 @@ def sample(
         The draws with their weights, log Z with its error, and the findings.
 
     Raises:
-        TypeError: If the target is not a Target.
-        ValueError: If the density cannot be sampled as it is (shape, NaN, gradient, improper), a limit is not positive,
-            or the method is unknown.
+        TypeError: If the target is not a Target, or an option is of the wrong type.
+        ValueError: If the density cannot be sampled as it is (shape, NaN, gradient, improper), an option is out of
+            range or does not apply to the method, the method is unknown, or the device is not there.
     """
-    if num_samples < 1:
-        raise ValueError(f"Expected num_samples >= 1; got {num_samples}.")
+    began = time.monotonic()
+    budget = Budget() if budget is None else budget
     run = _find_method(method)
-    place = torch.device("cpu") if device is None else torch.device(device)
+    _check_options(method, num_samples=num_samples, seed=seed, dtype=dtype, budget=budget)
+    _check_checkpoint(method, checkpoint, resume=resume)
+    place = _find_device(device, target, method)
     if isinstance(target, Target):
         target.to(place)
-    warnings = check_target(target, device=place)
-    precise = working_dtype(target, place)
-    known = target if precise == torch.float64 else CastTarget(target, precise)
+    counted = CountedTarget(target) if isinstance(target, Target) else target
+    warnings = check_target(counted, device=place)
+    precise = working_dtype(counted, place)
+    known = counted if precise == torch.float64 else CountedTarget(CastTarget(counted, precise))
+    evaluations_before = _evaluations(method)
     with Progress(enabled=progress) as bar:
-        task = _Task(
-            target=CountedTarget(known),
+        task = Task(
+            target=known,
             num_samples=num_samples,
             seed=seed,
             dtype=dtype,
             device=place,
-            budget=Budget() if budget is None else budget,
+            budget=budget,
             progress=bar,
             checkpoint=checkpoint,
             resume=resume,
-            began=time.monotonic(),
+            began=began,
+            elsewhere=lambda: _evaluations(method) - evaluations_before,
         )
-        evaluations_before = _evaluations(method)
         answer = run(task, method)
     findings = [Finding("warning", text, "Particles there have weight zero.") for text in warnings]
     findings += answer.findings
@@ -194,7 +142,7 @@ def sample(
         particles=answer.particles,
         posterior=target.constrain(answer.particles.x),
         findings=[finding for finding in findings if finding.level != "note"],
-        evaluations=task.target.evaluations + _evaluations(method) - evaluations_before,
+        evaluations=task.evaluations if _counts(method, since=evaluations_before) else 0,
         seconds=task.seconds,
         method=answer.method,
         choices={"seed": seed, "num_samples": num_samples, **answer.choices},
@@ -205,11 +153,58 @@ def sample(
     )
 
 
+def _check_options(method: str | Sampler, *, num_samples: int, seed: int, dtype: torch.dtype, budget: Budget) -> None:
+    for name, value in (("num_samples", num_samples), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"Expected {name} to be an integer; got {value!r}.")
+    if num_samples < 1:
+        raise ValueError(f"Expected num_samples >= 1; got {num_samples}.")
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"Expected dtype to be torch.float32 or torch.float64; got {dtype}.")
+    if not isinstance(budget, Budget):
+        raise TypeError(f"Expected a Budget, such as ds.Budget(seconds=60); got {type(budget).__name__}.")
+
+
+def _check_checkpoint(method: str | Sampler, checkpoint: str | Path | None, *, resume: bool) -> None:
+    """Options that would have no effect are refused."""
+    if resume and checkpoint is None:
+        raise ValueError("Expected checkpoint=folder with resume=True; got no folder to resume from.")
+    trains = isinstance(method, DiffusionSampler) or method in LEARNED
+    if checkpoint is not None and not trains:
+        name = method if isinstance(method, str) else type(method).__name__
+        raise ValueError(
+            f"Expected a learned method with checkpoint=; got {name!r}, which keeps none. Use one of "
+            f"{', '.join(LEARNED)}, or leave checkpoint out."
+        )
+
+
+def _find_device(device: torch.device | str | None, target: Target, method: str | Sampler) -> torch.device:
+    if device is None:
+        if isinstance(method, DiffusionSampler):
+            return method.device
+        tensors = itertools.chain(target.buffers(), target.parameters()) if isinstance(target, Target) else iter(())
+        first = next(tensors, None)
+        return torch.device("cpu") if first is None else first.device
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place).tolist()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"Expected a device that is there ({', '.join(there)}); got {device!r}: {reason}") from error
+    return place
+
+
 def _evaluations(method: str | Sampler) -> int:
     return 0 if isinstance(method, str) else method.evaluations
 
 
-_Run = Callable[[_Task, "str | Sampler"], _Answer]
+def _counts(method: str | Sampler, *, since: int) -> bool:
+    """Whether all evaluations were seen; a sampler that does not count leaves only those of the checks."""
+    return isinstance(method, str) or method.evaluations > since
+
+
+_Run = Callable[[Task, "str | Sampler"], _Answer]
 
 
 def _find_method(method: str | Sampler) -> _Run:
@@ -228,54 +223,90 @@ def _find_method(method: str | Sampler) -> _Run:
     raise ValueError(f"Expected one of {', '.join(METHODS)} or a Sampler; got {method!r}. {hint}")
 
 
-def _given(task: _Task, method: str | Sampler) -> _Answer:
+def _given(task: Task, method: str | Sampler) -> _Answer:
     """A configured sampler: trained if it is a learned one that has not been, or a budget asks for it."""
     assert isinstance(method, Sampler)
-    if method.target.space != task.target.space:
-        raise ValueError(f"Expected a sampler of a target on {task.target.space}; got one on {method.target.space}.")
+    _check_same_target(task.target, method, task.device)
     name = type(method).__name__
-    if not isinstance(method, DiffusionSampler):
-        return _Answer(method.sample(task.num_samples, seed=task.seed), name, [], {}, [], method)
-    if task.budget != Budget() or not method.history:
-        before = method.evaluations
-        limit = task.budget.evaluations
+    if isinstance(method, DiffusionSampler):
+        method.to(device=task.device)
+        if task.budget != Budget() or not method.history:
+            _train(task, method)
+        particles, findings = _draw(task, method)
+        return _Answer(particles, name, findings, {}, method.history, method)
+    particles, findings = method.sample(task.num_samples, seed=task.seed), []
+    if task.spent() > 1.1:
+        message = f"{name} spent {task.spent():.1f} times the budget, which it does not keep."
+        findings.append(Finding("warning", message, "Its length is set by num_samples and its own options."))
+    return _Answer(particles, name, findings, {}, [], method)
 
-        def spent() -> float:
-            used = 0.0 if limit is None else (method.evaluations - before) / limit
-            return max(used, task.spent())
 
-        _train(task, method, spent)
-    return _Answer(method.sample(task.num_samples, seed=task.seed), name, [], {}, method.history, method)
+def _check_same_target(target: Target, method: Sampler, device: torch.device) -> None:
+    """A sampler of another density would answer the wrong question without a sign."""
+    if method.target.space != target.space:
+        raise ValueError(f"Expected a sampler of a target on {target.space}; got one on {method.target.space}.")
+    method.target.to(device)
+    found = differing_point(target, method.target, device=device)
+    if found is not None:
+        where, here, there = found
+        raise ValueError(
+            f"Expected a sampler of this target; got one of another: log_prob is {here:.6g} here and {there:.6g} there "
+            f"at x = {where}."
+        )
 
 
-def _train(task: _Task, sampler: DiffusionSampler, spent: Callable[[], float]) -> None:
-    unlimited = task.budget.seconds is None and task.budget.evaluations is None
-    steps = task.budget.steps or (DEFAULT_STEPS if unlimited else 1_000_000)
-    task.progress.start("training", None if not unlimited else steps)
+def _train(task: Task, sampler: DiffusionSampler) -> None:
+    default = 1_000_000 if task.limited else DEFAULT_STEPS
+    steps = default if task.budget.steps is None else int(task.budget.steps)
+    task.progress.start("training", None if task.limited else steps)
     sampler.fit(
         steps=steps,
+        batch_size=BATCH_SIZE,
         seed=task.seed,
-        spent=spent,
+        spent=TrainingMeter(task, batch_size=BATCH_SIZE),
         checkpoint=task.checkpoint,
         resume=task.resume,
         callback=task.progress.training,
     )
 
 
-def _learned(task: _Task, method: str | Sampler) -> _Answer:
+def _draw(task: Task, sampler: Sampler) -> tuple[Particles, list[Finding]]:
+    """The draws that were asked for, or as many as an evaluation budget pays for."""
+    n, limit = task.num_samples, task.budget.evaluations
+    if limit is not None:
+        before = task.evaluations
+        sampler.sample(2, seed=task.seed)
+        cost = (task.evaluations - before) / 2
+        paid = int((limit - task.evaluations) / cost) if cost > 0 else n
+        n = min(n, max(paid, FEWEST_DRAWS))
+    findings = []
+    if n < task.num_samples:
+        message = f"The budget of evaluations paid for {n} of {task.num_samples} draws."
+        findings.append(Finding("warning", message, "Raise the budget."))
+    return sampler.sample(n, seed=task.seed), findings
+
+
+def _learned(task: Task, method: str | Sampler) -> _Answer:
     """A named learned method, in coordinates standardized by a short variational search."""
     task.progress.start("locating the target", None)
     mapped, choices = learned_sampler(str(method), task.target, generator=task.generator, dtype=task.dtype)
-    _train(task, mapped.inner, task.spent_since())
-    particles = mapped.sample(task.num_samples, seed=task.seed)
-    return _Answer(particles, str(method), [], choices, mapped.inner.history, mapped)
+    _train(task, mapped.inner)
+    particles, findings = _draw(task, mapped)
+    return _Answer(particles, str(method), findings, choices, mapped.inner.history, mapped)
 
 
-def _smc(task: _Task, method: str | Sampler) -> _Answer:
+def _smc(task: Task, method: str | Sampler) -> _Answer:
     """Adaptive tempered SMC with a frozen second pass."""
     task.progress.start("tempered SMC", None)
     count = NUM_ISLANDS * max(32, math.ceil(task.num_samples / NUM_ISLANDS))
-    result = plain_smc(task.target, count, NUM_ISLANDS, generator=task.generator, stop=lambda: task.spent() > 0.9)
+    first: list[float] = []
+
+    def stop() -> bool:
+        # The second pass costs as much as the first.
+        first.append(task.spent())
+        return first[-1] > first[0] + 0.48 * (1.0 - first[0])
+
+    result = plain_smc(task.target, count, NUM_ISLANDS, generator=task.generator, stop=stop)
     findings = []
     if not result.finished:
         message = f"The budget ended at temperature {result.beta:.3g}: the particles do not represent the target."
@@ -284,7 +315,7 @@ def _smc(task: _Task, method: str | Sampler) -> _Answer:
     return _Answer(result.particles, "smc", findings, choices, [])
 
 
-def _auto(task: _Task, method: str | Sampler) -> _Answer:
+def _auto(task: Task, method: str | Sampler) -> _Answer:
     """Pilot, then a process trained on its particles; the better of the two by exact weights."""
     budget = task.budget
     count = NUM_ISLANDS * math.ceil(max(task.num_samples, MIN_PARTICLES) / NUM_ISLANDS)
@@ -308,7 +339,7 @@ def _auto(task: _Task, method: str | Sampler) -> _Answer:
     return _refine(task, pilot, answer)
 
 
-def _refine(task: _Task, pilot: PilotResult, answer: _Answer) -> _Answer:
+def _refine(task: Task, pilot: PilotResult, answer: _Answer) -> _Answer:
     """Train a process on the pilot's particles and keep it if its exact weights are better."""
     assert pilot.particles is not None
     mapped, choices = refined_sampler(
@@ -316,18 +347,18 @@ def _refine(task: _Task, pilot: PilotResult, answer: _Answer) -> _Answer:
         pilot,
         generator=task.generator,
         dtype=task.dtype,
-        steps=task.budget.steps,
-        limited=task.budget.seconds is not None or task.budget.evaluations is not None,
-        spent=task.spent_since(),
+        steps=None if task.budget.steps is None else int(task.budget.steps),
+        limited=task.limited,
+        spent=TrainingMeter(task, batch_size=REFINED_BATCH),
         callback=task.progress.training,
         start=task.progress.start,
     )
-    learned = mapped.sample(task.num_samples, seed=task.seed)
+    learned, too_few = _draw(task, mapped)
     mine, theirs = learned.log_normalizer, pilot.particles.log_normalizer
     gap = abs(mine.value - theirs.value)
     agree = gap <= 4.0 * math.hypot(mine.std_error, theirs.std_error) + 0.02
     trusted = learned.pareto_k < 0.7 and learned.ess >= 100.0
-    better = agree and trusted and mine.std_error < theirs.std_error
+    better = agree and trusted and not too_few and mine.std_error < theirs.std_error
     choices = {
         **answer.choices,
         **choices,

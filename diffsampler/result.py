@@ -37,7 +37,7 @@ class Finding(NamedTuple):
 
 
 def diagnose(particles: Particles) -> list[Finding]:
-    """What the weights themselves say about a result."""
+    """What the weights themselves say about a result; a diagnostic that is no number is no pass."""
     findings = []
     n = len(particles)
     if particles.nonfinite:
@@ -48,7 +48,7 @@ def diagnose(particles: Particles) -> list[Finding]:
                 "Check the density where it is steep; they count as particles of weight zero.",
             )
         )
-    if particles.has_normalizer and particles.pareto_k > 0.7:
+    if particles.has_normalizer and not particles.pareto_k <= 0.7:
         findings.append(
             Finding(
                 "warning",
@@ -57,7 +57,7 @@ def diagnose(particles: Particles) -> list[Finding]:
                 "Train longer, use more steps, or method='auto'.",
             )
         )
-    if particles.ess < 100.0:
+    if not particles.ess >= 100.0:
         findings.append(
             Finding(
                 "warning",
@@ -67,7 +67,7 @@ def diagnose(particles: Particles) -> list[Finding]:
         )
     if particles.replicates > 1 and particles.has_normalizer:
         spread = particles.log_normalizer.std_error * particles.replicates**0.5
-        if spread > 1.0:
+        if not spread <= 1.0:
             findings.append(
                 Finding(
                     "warning",
@@ -77,7 +77,7 @@ def diagnose(particles: Particles) -> list[Finding]:
             )
     if particles.replicates > 1 and not particles.has_normalizer:
         worst = _worst_r_hat(particles)
-        if worst > 1.05:
+        if not worst <= 1.05:
             findings.append(
                 Finding(
                     "warning",
@@ -96,7 +96,7 @@ def _worst_r_hat(particles: Particles) -> float:
     return float(((length - 1) / length + between / within).sqrt().max())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fit:
     """What :func:`diffsampler.sample` returns.
 
@@ -124,7 +124,7 @@ class Fit:
     history: list[dict[str, float]] = field(default_factory=list)
     true_log_normalizer: float | None = None
     notes: list[str] = field(default_factory=list)
-    sampler: Sampler | None = field(default=None, repr=False, compare=False)
+    sampler: Sampler | None = field(default=None, repr=False)
 
     @property
     def log_normalizer(self) -> Estimate:
@@ -228,18 +228,36 @@ def _table(fit: Fit) -> str:
     evidence = f"log Z {log_z}" if fit.particles.has_normalizer else "log Z not estimated by this method"
     if fit.true_log_normalizer is not None and fit.particles.has_normalizer:
         evidence += f" (exact {fit.true_log_normalizer:.4f})"
-    k = fit.pareto_k
-    verdict = "good" if k <= 0.7 else "unreliable"
-    lines.append(
-        f"{evidence} | ess {fit.ess:.0f} of {len(fit.particles)} | k-hat {k:.2f} {verdict} | "
-        f"{fit.evaluations:.3g} evaluations | {fit.seconds:.1f} s | {fit.method}"
-    )
+    facts = [evidence, f"ess {fit.ess:.0f} of {len(fit.particles)}"]
+    if fit.particles.has_normalizer:
+        failed = not fit.pareto_k <= 0.7 or any(finding.level == "error" for finding in fit.findings)
+        facts.append(f"k-hat {fit.pareto_k:.2f} {'unreliable' if failed else 'good'}")
+    facts += [f"{fit.evaluations:.3g} evaluations"] if fit.evaluations else []
+    lines.append(" | ".join([*facts, f"{fit.seconds:.1f} s", fit.method]))
     return "\n".join([*lines, *(str(finding) for finding in fit.findings), *(f"Note: {note}" for note in fit.notes)])
 
 
 def load(path: str | Path) -> Fit:
-    """Read a fit that :meth:`Fit.save` wrote."""
-    content = torch.load(Path(path), weights_only=True)
+    """Read a fit that :meth:`Fit.save` wrote; onto the CPU if its device is not there.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a file written by Fit.save; there is none at {path}.")
+    place = None if torch.cuda.is_available() else "cpu"
+    try:
+        content = torch.load(path, weights_only=True, map_location=place)
+    except Exception as error:  # what a damaged archive raises depends on where it is damaged
+        reason = str(error).partition("\n")[0][:200]
+        raise ValueError(
+            f"Expected a file written by Fit.save; got {path}, which cannot be read ({type(error).__name__}: {reason})."
+        ) from error
+    fields = set(Fit.__dataclass_fields__) - {"sampler"}
+    if not isinstance(content, dict) or set(content) != fields:
+        raise ValueError(f"Expected a file written by Fit.save; got {path}, which holds something else.")
     content["particles"] = Particles(**content["particles"])
     content["findings"] = [Finding(*finding) for finding in content["findings"]]
     return Fit(**content)

@@ -85,9 +85,10 @@ def test_suite_sees_a_density_that_breaks_the_space(generator):
 SHAPES = [
     (lambda x: quartic(x).unsqueeze(-1), r"return shape \(3,\); got \(3, 1\)\. Drop the last axis\."),
     (lambda x: -x.pow(4).sum(), r"return shape \(3,\); got \(\)\. Sum over the event axis only \(dim=-1\)"),
-    (lambda x: -x.pow(4), r"return shape \(3,\); got \(3, 2\)\.$"),
-    (lambda x: quartic(x)[:2], r"return shape \(3,\); got \(2,\)\.$"),
-    (lambda x: -x.pow(4).sum(0), r"return shape \(3,\); got \(2,\)\.$"),
+    (lambda x: -x.pow(4), r"return shape \(3,\); got \(3, 2\)\. Sum over the last axis\.$"),
+    (lambda x: quartic(x)[:1], r"return shape \(3,\); got \(1,\)\.$"),
+    (lambda x: -x.pow(4).sum(0), r"return shape \(3,\); got \(2,\)\. The function sees a batch"),
+    (lambda x: -x @ x.mT, r"return shape \(3,\); got \(3, 3\)\. A product of batches is \(x \* y\)\.sum\(-1\)"),
 ]
 
 
