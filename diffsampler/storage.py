@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from collections.abc import Mapping
@@ -21,12 +22,15 @@ def save_atomic(path: str | Path, content: Mapping[str, Any]) -> None:
     Raises:
         OSError: If the folder cannot be made or the disk is full.
     """
+    # Serialized in memory first: torch's own writer turns a full disk into a RuntimeError about file positions.
+    buffer = io.BytesIO()
+    torch.save(dict(content), buffer)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as stream:
-            torch.save(dict(content), stream)
+            stream.write(buffer.getbuffer())
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)

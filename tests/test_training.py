@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -155,12 +156,12 @@ def stored_step(folder: Path) -> int:
     return torch.load(folder / training.CHECKPOINT_NAME, weights_only=True)["state"]["step"]
 
 
-@pytest.mark.parametrize("where", ["save", "fsync", "replace", "mkstemp"])
+@pytest.mark.parametrize("where", ["fdopen", "fsync", "replace", "mkstemp"])
 def test_a_full_disk_keeps_the_previous_checkpoint_and_the_training(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     calls = []
-    module = {"save": os, "fsync": os, "replace": os, "mkstemp": storage.tempfile}[where]
+    module = {"fdopen": os, "fsync": os, "replace": os, "mkstemp": storage.tempfile}[where]
     original = getattr(module, where)
 
     def failing(*args: Any, **kwargs: Any) -> Any:
@@ -177,6 +178,25 @@ def test_a_full_disk_keeps_the_previous_checkpoint_and_the_training(
     assert history[-1]["step"] == 12 and len(calls) == 4
     assert stored_step(tmp_path) == 4
     assert [path.name for path in tmp_path.iterdir()] == [training.CHECKPOINT_NAME], "no temporary file may stay"
+
+
+def test_a_real_write_error_keeps_the_previous_checkpoint(tmp_path: Path):
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+
+    fit(MAKERS["pis"](Euclidean(2), 3), gaussian(), LogVariance(), SMALL, checkpoint=tmp_path)
+    before = (tmp_path / training.CHECKPOINT_NAME).read_bytes()
+    script = f"""
+        from diffsampler.storage import save_atomic
+        import torch
+        try:
+            save_atomic({str(tmp_path / training.CHECKPOINT_NAME)!r}, {{"x": torch.zeros(100000)}})
+        except OSError as error:
+            print("refused", error.errno)
+    """
+    done = run_script(script, preexec_fn=limit)
+    assert done.stdout.startswith("refused"), done.stderr
+    assert (tmp_path / training.CHECKPOINT_NAME).read_bytes() == before
 
 
 def run_script(script: str, **options: Any) -> subprocess.CompletedProcess:
