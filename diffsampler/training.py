@@ -143,6 +143,10 @@ class _Run:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        # Schedules, scales and random frequencies are constants; loading them would change the process silently.
+        constants = {name: (state["process"][name].to(value), value) for name, value in self.process.named_buffers()}
+        if differing := [name for name, (stored, value) in constants.items() if not torch.equal(stored, value)]:
+            raise ValueError(f"The checkpoint was made with other constants of the process: {', '.join(differing)}.")
         self.process.load_state_dict(state["process"])
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -192,6 +196,7 @@ def fit(
     """
     _check_sources(process, objective, bank)
     identity = {**(identity or {}), **process.config(), "objective": type(objective).__name__, **vars(recipe)}
+    identity["bank"] = None if bank is None else tuple(bank.shape)
     run = _start(process, objective, recipe)
     folder = None if checkpoint is None else Path(checkpoint)
     if folder is not None and resume and (folder / CHECKPOINT_NAME).exists():

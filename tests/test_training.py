@@ -149,6 +149,17 @@ def test_a_checkpoint_of_another_process_is_refused(tmp_path: Path):
         longer.fit(steps=3, batch_size=8, checkpoint=tmp_path, resume=True)
 
 
+def test_a_checkpoint_of_other_constants_or_another_bank_is_refused(tmp_path: Path):
+    settings = {"steps": 3, "batch_size": 8, "checkpoint": tmp_path}
+    sampler().fit(**settings)
+    wider = DDS(gaussian(), num_steps=5, scale=3.0, width=16)
+    with pytest.raises(ValueError, match="other constants of the process: scale"):
+        wider.fit(**settings, resume=True)
+    assert float(wider.process.scale) == 3.0
+    with pytest.raises(ValueError, match=r"bank: checkpoint None, now \(7, 2\)"):
+        sampler().fit(**settings, bank=torch.zeros(7, 2), resume=True)
+
+
 # Disk
 
 
