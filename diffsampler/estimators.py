@@ -141,7 +141,8 @@ def pareto_smooth(log_weight: Tensor) -> tuple[Tensor, float]:
         holds fewer than five weights, minus infinity when all weights are equal).
     """
     log_weight = log_weight.double()
-    n = log_weight.shape[0]
+    # Impossible particles are no part of the tail: they must not come back with the weight of a quantile.
+    n = int((log_weight > -math.inf).sum())
     size = int(min(0.2 * n, 3.0 * math.sqrt(n)))
     if size < 5:
         return log_weight, math.inf

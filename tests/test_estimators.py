@@ -219,6 +219,13 @@ def test_smoothing_survives_impossible_points():
     assert bool((smoothed[::2] == -math.inf).all())
 
 
+def test_smoothing_gives_no_weight_to_impossible_points():
+    log_weight = torch.full((1000,), -math.inf, dtype=F64)
+    log_weight[:40] = normal(40)
+    smoothed, _ = pareto_smooth(log_weight)
+    assert bool((smoothed[40:] == -math.inf).all())
+
+
 # Resampling
 
 
