@@ -7,11 +7,16 @@ import math
 import torch
 from torch import Tensor
 
+from diffsampler.estimators import systematic_resample
+from diffsampler.kernel import KernelParams
+from diffsampler.kernels import HMC
 from diffsampler.particles import Particles
 from diffsampler.pilot.modes import ModeSet, SearchReport
+from diffsampler.pilot.profile import Profile
 from diffsampler.smc import SMCResult
+from diffsampler.target import Target
 
-__all__ = ["FindingTuple", "judge", "missing_modes"]
+__all__ = ["FindingTuple", "drift", "judge", "lost_tail", "missing_modes"]
 
 FindingTuple = tuple[str, str, str]
 """Level ("error", "warning" or "note"), message, remedy."""
@@ -19,6 +24,9 @@ FindingTuple = tuple[str, str, str]
 
 def missing_modes(particles: Particles, modes: ModeSet) -> Tensor:
     """Indices of modes whose Laplace mass calls for at least 20 particles and that fewer than 3 are near."""
+    if len(modes) < 2:
+        # One mode cannot be missing, and at a kink its local scale means nothing.
+        return torch.zeros(0, dtype=torch.long)
     dim = particles.x.shape[1]
     share = torch.softmax(modes.log_mass(), 0)
     count = torch.zeros(len(modes), dtype=torch.float64)
@@ -35,8 +43,60 @@ def missing_modes(particles: Particles, modes: ModeSet) -> Tensor:
     return torch.nonzero((share * len(particles) > 20.0) & (count < 3.0)).flatten()
 
 
+def lost_tail(particles: Particles, profile: Profile, *, level: float = 0.02) -> float:
+    """Largest mass that a profile sees in the tails where the particles have ``level`` on each side.
+
+    Zero where the profile disagrees with the bulk of the particles: it is then not an approximation to rely on.
+    """
+    x, order = particles.x[:, profile.index].sort()
+    cumulative = torch.softmax(particles.log_weight, 0)[order].cumsum(0)
+
+    def quantile(q: float) -> float:
+        return float(x[int((cumulative < q).sum().clamp_max(len(particles) - 1))])
+
+    edges = [quantile(q) for q in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    inner = [profile.tail(e, below=True) for e in edges]
+    mass = max(inner[-1] - inner[0], 1e-12)
+    bulk = [(value - inner[0]) / mass for value in inner[1:-1]]
+    if max(abs(value - expected) for value, expected in zip(bulk, (0.25, 0.5, 0.75), strict=True)) > 0.15:
+        return 0.0
+    return max(profile.tail(quantile(level), below=True), profile.tail(quantile(1.0 - level), below=False))
+
+
+def drift(
+    target: Target, final: SMCResult, *, n: int = 1024, moves: int = 8, generator: torch.Generator | None = None
+) -> float:
+    """Largest z-score by which ``moves`` further moves shift the mean of a coordinate or its square.
+
+    Arguments:
+        target: The target in the coordinates of the run.
+        final: The run.
+        n: Particles to move, resampled from the run.
+        moves: Moves of the kernel at the last step size.
+        generator: Source of randomness.
+
+    Returns:
+        The z-score; ordinary runs stay below 4, the largest of ``2 D`` nearly standard normals.
+    """
+    index = systematic_resample(final.particles.log_weight, n, generator=generator)
+    z = final.particles.x[index]
+    kernel = HMC(target.space, num_steps=6, smallest_step=0.15)
+    scale = final.schedule.scales[-1]
+    params = KernelParams(z.new_tensor(final.schedule.step_sizes[-1]), scale)
+    state = kernel.init(z, target.log_prob_and_score)
+    for _ in range(moves):
+        state, _ = kernel.step(state, target.log_prob_and_score, params, generator)
+    centre = z.median(0).values
+    # Bounded statistics: the square of a heavy-tailed coordinate has no central limit theorem.
+    before, after = (((x - centre) / scale).clamp(-4.0, 4.0) for x in (z, state.x))
+    shift = torch.cat([after - before, after.square() - before.square()], -1)
+    return float((shift.mean(0) / (shift.std(0) / math.sqrt(n)).clamp_min(1e-12)).abs().max())
+
+
 def judge(
     *,
+    profiles: tuple[Profile, ...],
+    shift: float,
     particles: Particles,
     final: SMCResult,
     passes: list[SMCResult],
@@ -54,6 +114,8 @@ def judge(
     if not settled:
         values = ", ".join(f"{e.value:.3f}" for e in estimates[-3:])
         message = f"Successive passes do not agree on log Z ({values})."
+        if len(estimates) == 1:
+            message = "The budget paid for one pass only: nothing confirms its log Z."
         findings.append(("warning", message, "Raise the budget, or hand over a prior."))
     last = particles.log_normalizer
     gap = abs(last.value - estimates[-1].value)
@@ -71,6 +133,17 @@ def judge(
     if min(final.acceptance) < 0.3:
         message = f"Moves were accepted at a rate of {min(final.acceptance):.2f} only."
         findings.append(("warning", message, "The density may not be smooth; check its gradient."))
+    if shift > 5.0:
+        message = f"Further moves shift the particles: {shift:.1f} standard errors."
+        findings.append(("warning", message, "Use more particles."))
+    for profile in profiles:
+        lost = lost_tail(particles, profile)
+        if lost > 0.08:
+            message = (
+                f"A neck may be lost: a profile along coordinate {profile.index} sees a probability of {lost:.2f} in a "
+                "tail where the particles have 0.02."
+            )
+            findings.append(("warning", message, "Hand over a prior, or use a non-centred parametrisation."))
     if report is not None and report.singletons and not report.continuum:
         message = (
             f"{report.singletons} modes were each found by one start of {report.starts} only; the chance that the next "

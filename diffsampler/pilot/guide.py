@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffsampler.pilot.density_fits import fit_gaussian_mixture, fit_product, stack
 from diffsampler.pilot.modes import ModeSet
+from diffsampler.pilot.profile import Profile, drivers, profile_from_draws
 from diffsampler.pilot.reference import EllipticalMixture, ProductMixture, Stacked, student_t
 from diffsampler.pilot.search import MeanFieldFits
 from diffsampler.pilot.transport import AffineMap, PulledBack, TransportMap
@@ -32,11 +33,13 @@ class Guide:
         transport: ``x = T(z)``; None for the identity, on spaces without maps.
         reference: Normalised density of ``z`` with an exact sampler.
         weights: Name and weight of each component of the reference.
+        profiles: Nested Laplace profiles that the reference holds.
     """
 
     transport: TransportMap | None
     reference: Target
     weights: dict[str, float]
+    profiles: tuple[Profile, ...] = ()
 
     def map(self, z: Tensor) -> Tensor:
         """Points ``x (n, D)`` of map coordinates ``z (n, D)``."""
@@ -124,28 +127,47 @@ def _weights(names: dict[str, tuple[Target, float]], reference: Stacked) -> dict
 
 
 def _stacked(
-    parts: dict[str, tuple[Target, float]], held_out: Tensor, transport: TransportMap, *, smallest: float = 0.015
+    parts: dict[str, tuple[Target, float]],
+    held_out: Tensor,
+    transport: TransportMap,
+    *,
+    profiles: list[Profile],
+    smallest: float = 0.015,
 ) -> Guide:
     """Stack by held-out likelihood in ``z`` and drop what does not matter."""
     reference = stack([part for part, _ in parts.values()], [floor for _, floor in parts.values()], held_out)
     weight = reference.log_weight.exp()
     kept = {name: part for (name, part), w in zip(parts.items(), weight.tolist(), strict=True) if w >= smallest}
     reference = reference.pruned(smallest)
-    return Guide(transport, reference, _weights(kept, reference))
+    return Guide(transport, reference, _weights(kept, reference), tuple(profiles))
+
+
+def _extended(x: Tensor, profiles: list[Profile], *, generator: torch.Generator | None) -> Tensor:
+    """Draws with a quarter as many from each profile."""
+    count = x.shape[0] // 4
+    return torch.cat([x, *(p.mixture().sample(count, generator=generator) for p in profiles)])
 
 
 def refit_guide(
-    x: Tensor, held_out: Tensor, knowledge: Knowledge, *, generator: torch.Generator | None = None
+    target: Target, x: Tensor, held_out: Tensor, knowledge: Knowledge, *, generator: torch.Generator | None = None
 ) -> Guide:
     """The reference of a later pass, from equally weighted draws of the one before.
 
     Arguments:
+        target: The density, for profiles along coordinates that drive the scale of others.
         x: Draws to fit, shape ``(n, D)``.
         held_out: Draws from other islands, shape ``(m, D)``.
         knowledge: What the search found.
         generator: Source of randomness.
     """
     transport = fit_transport(x, held_out)
+    several = knowledge.modes is not None and len(knowledge.modes) > 1
+    # Separate modes have no single conditional peak to follow.
+    profiles = [] if several else [profile_from_draws(target, index, x) for index in drivers(transport)]
+    found = [p for p in profiles if p is not None]
+    if found:
+        # The map must know the necks that the draws have not entered, or it bends wildly there.
+        transport = fit_transport(*(_extended(draws, found, generator=generator) for draws in (x, held_out)))
     z, z_held = transport.inverse(x), transport.inverse(held_out)
     keep = torch.isfinite(z_held).all(-1)
     dim = x.shape[1]
@@ -167,6 +189,8 @@ def refit_guide(
     )
     if dim > 1:
         parts["product"] = (PulledBack(fit_product(x), transport), 0.0)
+    for profile in found:
+        parts[f"profile {profile.index}"] = (PulledBack(profile.mixture(), transport), 0.1)
     for name, (part, floor) in knowledge.components().items():
         parts[name] = (PulledBack(part, transport), floor)
-    return _stacked(parts, z_held[keep], transport)
+    return _stacked(parts, z_held[keep], transport, profiles=found)

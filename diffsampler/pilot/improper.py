@@ -80,14 +80,21 @@ def ray_directions(target: Target, fits: MeanFieldFits, *, generator: torch.Gene
     return rays / rays.norm(dim=-1, keepdim=True)
 
 
-def _slopes(target: Target, base: Tensor, rays: Tensor) -> Tensor:
-    """Slopes of ``log_prob`` against log distance along ``+-rays``, shape ``(points, rays, 2)``; -inf where it is 0."""
+def _slow(target: Target, base: Tensor, rays: Tensor, power: float) -> Tensor:
+    r"""Fraction of points from which ``log_prob`` falls no faster than ``t^-power`` along ``+-rays``, ``(rays, 2)``.
+
+    The slope counts between two far distances, and only where the level has not dropped before: a curved density that
+    climbs out of an absurd depth is not heavy-tailed.
+    """
     signed = torch.stack([rays, -rays], 1)
     with torch.no_grad():
+        level = target.log_prob(base).double()[:, None, None]
         near = target.log_prob(base[:, None, None] + NEAR * signed).double()
         far = target.log_prob(base[:, None, None] + FAR * signed).double()
     slope = (far - near) / math.log(FAR / NEAR)
-    return torch.where(torch.isfinite(slope), slope, torch.where(far == math.inf, math.inf, -math.inf))
+    shallow = near > level - 1.5 * power * math.log(NEAR) - 20.0
+    slow = (torch.isfinite(slope) & (slope > -power - TOLERANCE) & shallow) | (far == math.inf)
+    return slow.double().mean(0)
 
 
 def probe_tails(
@@ -103,9 +110,8 @@ def probe_tails(
     base = mean + unit.exp() * torch.randn((points, target.dim), generator=generator, dtype=mean.dtype)
     # Every evaluation is in x; rays are in units of the pooled scale, which is what "far" means here.
     rays = ray_directions(target, fits, generator=generator)
-    slope = _slopes(target, base, rays * spread)
-    flat = ((slope > -1.0 - TOLERANCE).double().mean(0) > 0.5).any(-1)
+    flat = (_slow(target, base, rays * spread, 1.0) > 0.5).any(-1)
     random = torch.randn((8, target.dim), generator=generator, dtype=mean.dtype)
     random = random / random.norm(dim=-1, keepdim=True)
-    shell = bool((_slopes(target, base, random * spread) > -target.dim - TOLERANCE).double().mean() > 0.5)
+    shell = bool(_slow(target, base, random * spread, float(target.dim)).mean() > 0.5)
     return TailReport((), (rays * spread)[flat], shell=shell and target.dim > 1)

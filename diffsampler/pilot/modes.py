@@ -56,6 +56,14 @@ class ModeSet:
     def __len__(self) -> int:
         return self.centre.shape[0]
 
+    def singletons(self) -> int:
+        """Peaks with at least a thousandth of the largest mass that exactly one start found."""
+        mass = self.log_mass()
+        if not bool(self.peaked.any()):
+            return 0
+        counts = self.peaked & (mass > mass[self.peaked].max() - 7.0)
+        return int((counts & (self.hits == 1)).sum())
+
     def log_mass(self) -> Tensor:
         """Laplace approximation of the log mass of each mode, shape ``(M,)``."""
         log_det = self.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -111,7 +119,7 @@ def laplace(target: Target, centre: Tensor, scale: Tensor, *, refine: int = 2) -
     eye = torch.eye(dim, dtype=centre.dtype, device=centre.device)
     with torch.no_grad():
         log_prob = target.log_prob(centre).double()
-    hessian = -eye.expand(centre.shape[0], dim, dim)
+    hessian, score = -eye.expand(centre.shape[0], dim, dim), torch.zeros_like(centre).unsqueeze(1)
     for _ in range(refine):
         step = 1e-3 * scale
         offset = step.unsqueeze(1) * eye
@@ -128,7 +136,11 @@ def laplace(target: Target, centre: Tensor, scale: Tensor, *, refine: int = 2) -
     finite = torch.isfinite(hessian).all(-1).all(-1)
     hessian = torch.where(finite[:, None, None], hessian, -eye)
     value, vector = torch.linalg.eigh(-hessian)
-    peaked = finite & torch.isfinite(log_prob) & (value[:, 0] > 1e-6 * value[:, -1])
+    # Newton's step in standard deviations: points on a ridge that are still moving are no peaks.
+    gradient = scale * score.mean(1)
+    left = (vector.mT @ gradient.unsqueeze(-1)).squeeze(-1) / value.abs().clamp_min(1e-300).sqrt()
+    settled = left.square().mean(-1) < 0.1
+    peaked = finite & settled & torch.isfinite(log_prob) & (value[:, 0] > 1e-6 * value[:, -1])
     # A flat or rising direction gets the scale that was guessed, so that the covariance exists.
     value = torch.where(value > 1e-6 * value[:, -1:], value, value.clamp_min(1e-12).abs().clamp_min(1.0))
     cov = (vector / value.unsqueeze(-2)) @ vector.mT
@@ -272,6 +284,7 @@ def search_modes(
     first_batch: int = 600,
     batch: int = 20000,
     max_climbs: int = 300,
+    climb_evaluations: int = 400_000,
     min_starts: int | None = None,
     max_evaluations: int = 5_000_000,
     stop: Callable[[], bool] | None = None,
@@ -285,6 +298,7 @@ def search_modes(
         first_batch: Starts that all climb; they decide whether more are worth it.
         batch: Starts per later batch, which climb only where the known modes do not explain their score.
         max_climbs: Most climbs per later batch.
+        climb_evaluations: Budget of later climbs: where the known modes explain little, more starts buy little.
         min_starts: Starts before the search may call itself complete; ``40000 * 2^D`` up to 2 million by default.
         max_evaluations: Budget.
         stop: Asked between batches; True ends the search.
@@ -297,7 +311,7 @@ def search_modes(
     centres, _ = climb(target, fits.location, 0.2 * fits.scale, steps=60)
     search.evaluations += 60 * len(fits)
     search.absorb(centres, count=False)
-    starts, stopped, known = 0, "budget", 0
+    starts, stopped, known, climbed = 0, "budget", 0, 0
     while search.evaluations < max_evaluations and not (stop is not None and stop() and starts):
         first = starts == 0
         x = _starts(fits, search.modes, first_batch if first else batch, generator=generator)
@@ -314,17 +328,19 @@ def search_modes(
         if len(search.modes) > known:
             search.polish()
             known = len(search.modes)
-        singles = int((search.modes.hits == 1).sum())
+        climbed += 0 if first else 60 * x.shape[0]
         if search.continuum():
             stopped = "continuum"
             break
         if not first and len(search.modes) == 1:
             stopped = "one mode"
             break
-        if starts >= min_starts and singles == 0:
+        if starts >= min_starts and search.modes.singletons() == 0:
             stopped = "complete"
             break
-    singles = int((search.modes.hits == 1).sum())
+        if climbed >= climb_evaluations:
+            break
+    singles = search.modes.singletons()
     report = SearchReport(
         starts, search.evaluations, singles, singles / max(starts, 1), stopped == "continuum", stopped
     )

@@ -15,102 +15,28 @@ References:
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, final
+from typing import final
 
 import torch
-from torch import Tensor
 
 from diffsampler.estimators import Estimate, systematic_resample
 from diffsampler.particles import Particles
-from diffsampler.pilot.checks import FindingTuple, judge
+from diffsampler.pilot.checks import drift, judge
 from diffsampler.pilot.density_fits import fit_product
 from diffsampler.pilot.guide import Guide, Knowledge, first_guide, prior_guide, refit_guide, wide_law
 from diffsampler.pilot.improper import probe_tails
 from diffsampler.pilot.manifold import choose_reference
 from diffsampler.pilot.modes import ModeSet, SearchReport, search_modes
+from diffsampler.pilot.record import Meter, Pass, PilotResult
 from diffsampler.pilot.reference import EllipticalMixture
 from diffsampler.pilot.search import MeanFieldFits, multistart, spread_over
-from diffsampler.pilot.transport import TransportMap
 from diffsampler.smc import SMCResult, smc
 from diffsampler.space import Euclidean
 from diffsampler.target import CountedTarget, Target
 from diffsampler.tempering import TemperedPath
 
 __all__ = ["Pilot", "PilotResult", "run_pilot"]
-
-
-@dataclass(frozen=True)
-class PilotResult:
-    """What the pilot found.
-
-    Arguments:
-        particles: Weighted particles of the frozen last pass, islands as replicates; None if the target was refused.
-        passes: Estimates of log Z of the adaptive passes, in order.
-        location: Pooled mean, shape ``(D,)``.
-        scale: Pooled standard deviation, shape ``(D,)``.
-        modes: Centres of the modes that the search found, shape ``(M, D)``; empty where they do not repeat.
-        search: What the mode search did, or None where there was none.
-        reference: Reference density of the last pass, in the coordinates ``z`` of ``transport``; None if refused.
-        transport: Map ``x = T(z)`` of the last pass; None if refused or on a space without maps.
-        findings: Tuples (level, message, remedy), level "error", "warning" or "note".
-        evaluations: Points at which the target was evaluated.
-        seconds: Wall-clock time.
-        choices: Everything that was chosen, as plain values.
-    """
-
-    particles: Particles | None
-    passes: tuple[Estimate, ...]
-    location: Tensor
-    scale: Tensor
-    modes: Tensor
-    search: SearchReport | None
-    reference: Target | None
-    transport: TransportMap | None
-    findings: tuple[FindingTuple, ...]
-    evaluations: int
-    seconds: float
-    choices: dict[str, Any] = field(default_factory=dict)
-
-
-@final
-class Meter:
-    """Budget in seconds and evaluations, whichever ends first."""
-
-    def __init__(self, target: CountedTarget, *, seconds: float | None, evaluations: int | None) -> None:
-        self.target = target
-        self.start = time.perf_counter()
-        self.seconds = math.inf if seconds is None else seconds
-        self.evaluations = math.inf if evaluations is None else evaluations
-
-    def elapsed(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self.start
-
-    def used(self) -> float:
-        """Fraction of the budget that is spent."""
-        return max(self.elapsed() / self.seconds, self.target.evaluations / self.evaluations)
-
-    @property
-    def limited(self) -> bool:
-        """Whether there is a budget at all."""
-        return math.isfinite(self.seconds) or math.isfinite(self.evaluations)
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One adaptive pass with the guide that it ran from."""
-
-    guide: Guide
-    path: TemperedPath
-    result: SMCResult
-
-    @property
-    def x(self) -> Tensor:
-        """Particles in the target's own coordinates, ``(n, D)``."""
-        return self.guide.map(self.result.particles.x)
 
 
 @final
@@ -168,9 +94,9 @@ class Pilot:
 
     def _fits(self, target: Target, meter: Meter, generator: torch.Generator) -> MeanFieldFits:
         num_starts, steps = 80, 250
-        if math.isfinite(meter.evaluations):
+        if meter.limited:
             # A small budget buys a coarser search; below 10 starts and 80 steps it would not be one.
-            share = min(1.0, 0.2 * meter.evaluations / (12 * num_starts * steps))
+            share = min(1.0, 0.2 * meter.affords(target, batch=6 * num_starts) / (15 * num_starts * steps))
             num_starts = max(10, int(num_starts * share**0.5))
             steps = max(80, int(steps * share**0.5))
         return multistart(target, num_starts=num_starts, steps=steps, generator=generator).good().distinct()
@@ -179,8 +105,10 @@ class Pilot:
         self, target: Target, fits: MeanFieldFits, meter: Meter, generator: torch.Generator
     ) -> tuple[ModeSet, SearchReport]:
         began, used = meter.elapsed(), meter.used()
-        limit = min(self.search_seconds, 0.3 * meter.seconds) if meter.limited else self.search_seconds
+        limit = min(self.search_seconds, 0.3 * meter.seconds)
         budget = int(min(5e6, 0.3 * meter.evaluations))
+        if meter.limited:
+            budget = min(budget, int(meter.affords(target, batch=600)))
 
         def stop() -> bool:
             return meter.elapsed() - began > limit or meter.used() > used + 0.3
@@ -188,23 +116,29 @@ class Pilot:
         return search_modes(
             target,
             fits,
-            first_batch=min(600, max(60, budget // 300)),
+            first_batch=min(600, max(30, budget // 600)),
+            batch=min(20_000, max(600, budget // 20)),
             max_evaluations=budget,
             stop=stop,
             generator=generator,
         )
 
-    def adaptive_size(self, dim: int) -> int:
-        """Particles of an adaptive pass."""
-        return min(self.num_particles, 2048 if dim <= 4 else 4096)
+    def _adaptive_size(self, target: Target, meter: Meter) -> int:
+        """Particles of an adaptive pass: fewer where the budget would not pay for a hundred evaluations of each."""
+        size = min(self.num_particles, 2048 if target.dim <= 4 else 4096)
+        if meter.limited:
+            affordable = 0.25 * meter.affords(target, batch=size) / 100.0
+            size = max(256, min(size, 4 * int(affordable / 4)))
+        return size
 
     def _adaptive(
         self, target: Target, guide: Guide, meter: Meter, generator: torch.Generator, *, conditional_ess: float
     ) -> Pass:
         path = TemperedPath(guide.reference, guide.pull_back(target))
+        began = meter.used()
         result = smc(
             path,
-            n=self.adaptive_size(target.dim),
+            n=self._adaptive_size(target, meter),
             num_islands=4,
             generator=generator,
             conditional_ess=conditional_ess,
@@ -213,7 +147,7 @@ class Pilot:
             resample_below=0.9,
             stop=lambda: meter.used() > 0.9,
         )
-        return Pass(guide, path, result)
+        return Pass(guide, path, result, meter.used() - began)
 
     def _passes(
         self,
@@ -236,9 +170,9 @@ class Pilot:
                 return passes, True
             if meter.used() > 0.5:
                 return passes, False
-            guide = self._refit(passes[-1], knowledge, generator)
+            guide = self._refit(target, passes[-1], knowledge, generator)
 
-    def _refit(self, last: Pass, knowledge: Knowledge, generator: torch.Generator) -> Guide:
+    def _refit(self, target: Target, last: Pass, knowledge: Knowledge, generator: torch.Generator) -> Guide:
         """Fit on the draws of half of the islands, choose on those of the other half."""
         x, log_weight = last.x, last.result.particles.log_weight
         half = x.shape[0] // 2
@@ -246,7 +180,7 @@ class Pilot:
         for part in (slice(0, half), slice(half, None)):
             index = systematic_resample(log_weight[part], generator=generator)
             draws.append(x[part][index])
-        return refit_guide(draws[0], draws[1], knowledge, generator=generator)
+        return refit_guide(target, draws[0], draws[1], knowledge, generator=generator)
 
     def _run_on_space(
         self, target: CountedTarget, meter: Meter, generator: torch.Generator, tell: Callable[[str], None]
@@ -282,7 +216,7 @@ class Pilot:
         if adaptive.finished:
             final = smc(
                 last.path,
-                n=self._affordable(adaptive, meter),
+                n=self._affordable(adaptive, last.cost, meter),
                 num_islands=self.num_islands,
                 generator=generator,
                 schedule=adaptive.schedule,
@@ -290,7 +224,10 @@ class Pilot:
         raw = final.particles
         particles = Particles(guide.map(raw.x), raw.log_weight, raw.replicates, nonfinite=raw.nonfinite)
         modes = None if knowledge is None else knowledge.modes
+        shift = drift(last.path.target, final, generator=generator) if final.finished and meter.used() < 0.95 else 0.0
         findings = judge(
+            profiles=guide.profiles,
+            shift=shift,
             particles=particles,
             final=final,
             passes=[p.result for p in passes],
@@ -325,12 +262,12 @@ class Pilot:
             },
         )
 
-    def _affordable(self, adaptive: SMCResult, meter: Meter) -> int:
-        """Particles of the last pass that what is left of an evaluation budget pays for."""
+    def _affordable(self, adaptive: SMCResult, cost: float, meter: Meter) -> int:
+        """Particles of the last pass that what is left of the budget pays for."""
         n = self.num_particles
-        if math.isfinite(meter.evaluations):
-            left = meter.evaluations - meter.target.evaluations
-            n = min(n, int(left * len(adaptive.particles) / max(adaptive.evaluations, 1)))
+        if meter.limited:
+            share = max(0.0, 0.9 - meter.used()) / max(cost, 1e-9)
+            n = min(n, int(share * len(adaptive.particles)))
         return self.num_islands * max(32, n // self.num_islands)
 
 

@@ -1,0 +1,148 @@
+import math
+
+import pytest
+import torch
+from diffsampler.pilot.profile import drivers, laplace_profile, profile_from_draws
+from diffsampler.pilot.reference import student_t
+from diffsampler.pilot.transport import AffineMap, PulledBack, Pushforward, TriangularMap, fit_affine
+from diffsampler.pilot.transport_fit import fit_transport, fit_triangular, fitted_log_prob
+from diffsampler.target import Target
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+def funnel_draws(n, *, seed=0, low=-math.inf):
+    z = normal(n, 5, seed=seed)
+    v = 3.0 * z[:, :1]
+    x = torch.cat([v, z[:, 1:] * torch.exp(0.5 * v)], 1)[:, [2, 0, 1, 3, 4]]
+    return x[x[:, 1] > low]
+
+
+def funnel_log_prob(x):
+    v, y = x[:, 1], x[:, [0, 2, 3, 4]]
+    gaussian = -0.5 * v.square() / 9.0 - 2.0 * v - 0.5 * y.square().sum(-1) * torch.exp(-v)
+    return gaussian - math.log(3.0) - 2.5 * math.log(2.0 * math.pi)
+
+
+def banana_draws(n, *, seed=0):
+    z = normal(n, 2, seed=seed)
+    return torch.stack([2.0 * z[:, 0], 2.0 * z[:, 0].square() + 0.5 * z[:, 1]], 1)
+
+
+def maps():
+    return {
+        "affine": AffineMap(normal(3), normal(3, 3, seed=1) + 3.0 * torch.eye(3, dtype=torch.float64)),
+        "funnel": fit_triangular(funnel_draws(1500)),
+        "banana": fit_triangular(banana_draws(1500)),
+    }
+
+
+@pytest.mark.parametrize("name", maps())
+def test_round_trip_determinant_and_score(name):
+    transport = maps()[name]
+    dim = 3 if name == "affine" else 5 if name == "funnel" else 2
+    z = 1.5 * normal(6, dim, seed=5)
+    x, log_det = transport(z)
+    torch.testing.assert_close(transport.inverse(x), z, rtol=1e-9, atol=1e-9)
+    jacobian = torch.stack([torch.autograd.functional.jacobian(lambda v: transport(v)[0], row) for row in z])
+    torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], log_det, rtol=1e-9, atol=1e-9)
+    force = normal(6, dim, seed=6)
+    leaf = z.clone().requires_grad_()
+    image, determinant = transport(leaf)
+    ((image * force).sum() + determinant.sum()).backward()
+    torch.testing.assert_close(transport.pull_score(z, force), leaf.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_fit_whitens_a_gaussian_and_stays_affine():
+    matrix = normal(4, 4, seed=3)
+    x = normal(3000, 4) @ matrix.mT + 5.0
+    transport = fit_transport(x[:1500], x[1500:])
+    assert isinstance(transport, AffineMap)
+    z = transport.inverse(x)
+    assert float((torch.cov(z.mT) - torch.eye(4, dtype=torch.float64)).abs().max()) < 0.12
+
+
+def test_heavy_tails_alone_stay_affine_or_do_no_harm():
+    x = student_t(torch.zeros(6), torch.ones(6), df=3.0).sample(3000, generator=generator())
+    fresh = student_t(torch.zeros(6), torch.ones(6), df=3.0).sample(3000, generator=generator(1))
+    transport = fit_transport(x[:1500], x[1500:])
+    affine = fit_affine(x[:1500])
+    assert float(fitted_log_prob(transport, fresh, df=4.0).mean()) > float(
+        fitted_log_prob(affine, fresh, df=4.0).mean()
+    ) - 0.1
+
+
+def test_funnel_is_straightened():
+    x, fresh = funnel_draws(3000), funnel_draws(3000, seed=1)
+    transport = fit_transport(x[:1500], x[1500:])
+    assert isinstance(transport, TriangularMap)
+    assert int(transport.order[0]) == 1
+    assert drivers(transport) == [1]
+    gap = (funnel_log_prob(fresh) - fitted_log_prob(transport, fresh)).mean()
+    assert float(gap) < 0.2
+    # Negative control: the affine map is far off.
+    assert float((funnel_log_prob(fresh) - fitted_log_prob(fit_affine(x), fresh)).mean()) > 3.0
+
+
+def test_banana_is_straightened():
+    x = banana_draws(3000)
+    transport = fit_transport(x[:1500], x[1500:])
+    assert isinstance(transport, TriangularMap)
+    z = transport.inverse(banana_draws(2000, seed=2))
+    assert float((z.std(0) - 1.0).abs().max()) < 0.1
+
+
+def test_pull_back_and_push_forward_keep_the_normaliser():
+    transport = fit_triangular(funnel_draws(1500))
+    target = Target.from_log_prob(funnel_log_prob, dim=5, log_normalizer=0.0)
+    pulled = PulledBack(target, transport)
+    z = normal(7, 5, seed=4)
+    log_prob, score = pulled.log_prob_and_score(z)
+    leaf = z.clone().requires_grad_()
+    pulled.log_prob(leaf).sum().backward()
+    torch.testing.assert_close(score, leaf.grad, rtol=1e-8, atol=1e-8)
+    pushed = Pushforward(student_t(torch.zeros(5), torch.ones(5)), transport)
+    x, log_det = transport(z)
+    torch.testing.assert_close(pushed.log_prob(x), pushed.base.log_prob(z) - log_det)
+    assert pushed.sample(10, generator=generator()).shape == (10, 5)
+
+
+def test_profile_reaches_the_neck_that_draws_lack():
+    target = Target.from_log_prob(funnel_log_prob, dim=5, log_normalizer=0.0)
+    x = funnel_draws(4000, low=-1.0)  # 37 % of the mass, all of the neck, is missing
+    profile = profile_from_draws(target, 1, x)
+    mean = float((profile.weights() * profile.grid).sum())
+    sd = math.sqrt(float((profile.weights() * (profile.grid - mean).square()).sum()))
+    assert mean == pytest.approx(0.0, abs=0.02)
+    assert sd == pytest.approx(3.0, rel=0.02)
+    fresh = funnel_draws(3000, seed=3)
+    # The mixture is heavier-tailed and inflated on purpose; it stays within a nat of the exact density.
+    gap = funnel_log_prob(fresh) - profile.mixture().log_prob(fresh)
+    assert 0.0 < float(gap.mean()) < 1.0
+    assert float(gap.max()) < 5.0
+
+
+def test_profile_without_conditional_peaks_is_none():
+    target = Target.from_log_prob(lambda x: -0.5 * x[:, 0].square() + 0.5 * x[:, 1].square(), dim=2)
+    assert profile_from_draws(target, 0, normal(500, 2)) is None
+
+
+def test_profile_log_mass_is_exact_for_gaussians():
+    target = Target.from_log_prob(lambda x: -0.5 * (x * 2.0).square().sum(-1), dim=3)
+    grid = torch.linspace(-1.0, 1.0, 9, dtype=torch.float64)
+    start = normal(9, 3, seed=2)
+    profile = laplace_profile(target, 0, grid, start, torch.ones(9, 2, dtype=torch.float64))
+    torch.testing.assert_close(profile.log_mass, -2.0 * grid.square() + math.log(2.0 * math.pi / 4.0), rtol=0, atol=1e-6)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"Expected shift \(D,\) and matrix"):
+        AffineMap(torch.zeros(2), torch.eye(3))
+    with pytest.raises(ValueError, match="Expected coefficients of shapes"):
+        TriangularMap(torch.arange(2), torch.zeros(2), torch.ones(2), torch.zeros(3, 2), torch.zeros(5, 2))
