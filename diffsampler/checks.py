@@ -11,12 +11,15 @@ import math
 import torch
 from torch import Tensor
 
-from diffsampler.space import Torus
+from diffsampler.space import Euclidean, Torus
 from diffsampler.target import Target, shape_message
 
 __all__ = ["check_points", "check_target", "differing_point", "working_dtype"]
 
 NUM_POINTS = 16
+STRETCHES = ((1e4, 1e6), (1e8, 1e12))
+"""Distances between which a density must fall faster than 1/distance, on one stretch at least: the near one may lie
+inside a wide density, and on the far one transforms of constrained parameters saturate."""
 
 
 def check_points(target: Target, n: int = NUM_POINTS, *, seed: int = 0) -> Tensor:
@@ -60,8 +63,9 @@ def check_target(target: Target, *, device: torch.device | None = None) -> list[
             a batch, or is not periodic on a torus.
     """
     if not isinstance(target, Target):
+        got = f"the class {target.__name__}" if isinstance(target, type) else type(target).__name__
         raise TypeError(
-            f"Expected a Target; got {type(target).__name__}. Wrap a density with Target.from_log_prob(f, dim=...), "
+            f"Expected a Target; got {got}. Wrap a density with Target.from_log_prob(f, dim=...), "
             "an energy with Target.from_energy, a Pyro model with ds.pyro.PyroTarget(model, *args)."
         )
     device = torch.device("cpu") if device is None else device
@@ -72,7 +76,9 @@ def check_target(target: Target, *, device: torch.device | None = None) -> list[
     _check_batch(target, x, log_prob)
     if isinstance(target.space, Torus):
         _check_period(target, x, log_prob)
-    _check_score(target, x[usable], log_prob[usable])
+    score = _check_score(target, x[usable], log_prob[usable])
+    if isinstance(target.space, Euclidean) and target.prior is None:
+        _check_tails(target, x[usable], score)
     if bool(usable.all()):
         return []
     return [f"log_prob is -inf at {int((~usable).sum())} of {len(x)} starting points, first at {_show(x[~usable][0])}."]
@@ -174,7 +180,7 @@ def _check_period(target: Target, x: Tensor, log_prob: Tensor) -> None:
         )
 
 
-def _check_score(target: Target, x: Tensor, log_prob: Tensor) -> None:
+def _check_score(target: Target, x: Tensor, log_prob: Tensor) -> Tensor:
     try:
         score = target.score(x)
     except RuntimeError as error:
@@ -195,6 +201,7 @@ def _check_score(target: Target, x: Tensor, log_prob: Tensor) -> None:
             "differs between them. Rounding, counting and comparing have no gradient."
         )
     _check_slope(target, x, log_prob, score)
+    return score
 
 
 def _check_slope(target: Target, x: Tensor, log_prob: Tensor, score: Tensor) -> None:
@@ -219,6 +226,33 @@ def _check_slope(target: Target, x: Tensor, log_prob: Tensor, score: Tensor) -> 
         raise ValueError(
             f"Expected score to be the gradient of log_prob; along one direction at x = {_show(x[i])} it gives "
             f"{expected[i].item():.6g} where differences give {slope[i].item():.6g}. Is it an energy's gradient?"
+        )
+
+
+def _check_tails(target: Target, x: Tensor, score: Tensor) -> None:
+    """Rays along the axes and along what the scores leave free: on none may the density fall like 1/distance or slower.
+
+    A density that passes may still be improper.
+    """
+    base = x[:4]
+    unit = score / score.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    rays = torch.cat([torch.eye(target.dim).to(x), torch.linalg.eigh(unit.mT @ unit)[1].mT])
+    rays = torch.cat([rays, -rays])
+    slow = torch.ones(len(rays), dtype=torch.bool, device=x.device)
+    for near, far in STRETCHES:
+        try:
+            with torch.no_grad():
+                first, last = (target.log_prob(base.unsqueeze(1) + r * rays).double() for r in (near, far))
+        except (ValueError, RuntimeError):  # a density may refuse what overflows out there, such as a scale of zero
+            return
+        slope = (last - first) / math.log(far / near)
+        # NaN compares as False: where nothing can be computed, nothing is claimed.
+        slow &= ((slope > -1.01) | (last == torch.inf)).double().mean(0) > 0.5
+    if bool(slow.any()):
+        ray = rays[int(slow.nonzero()[0])]
+        raise ValueError(
+            f"Expected a density with a finite integral; it looks improper: along the direction {_show(ray)} it falls "
+            "like 1/distance or more slowly. Give flat directions a proper prior, or bound them."
         )
 
 

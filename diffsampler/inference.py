@@ -190,8 +190,7 @@ def _find_device(device: torch.device | str | None, target: Target, method: str 
         torch.empty(1, device=place).tolist()
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"Expected a device that is there ({', '.join(there)}); got {device!r}: {reason}") from error
+        raise ValueError(f"Expected a device that is there ({', '.join(there)}); got {device!r}.") from error
     return place
 
 
@@ -211,7 +210,8 @@ def _find_method(method: str | Sampler) -> _Run:
     if isinstance(method, Sampler):
         return _given
     if not isinstance(method, str):
-        raise TypeError(f"Expected the name of a method or a Sampler; got {type(method).__name__}.")
+        got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
+        raise TypeError(f"Expected the name of a method or a Sampler, such as ds.CMCD(target); got {got}.")
     if method == "auto":
         return _auto
     if method == "smc":
