@@ -36,6 +36,9 @@ from diffsampler.target import Target
 
 __all__ = ["CMCD", "CMCDProcess"]
 
+STEP_SHARE = 0.1
+"""Initial step size as a share of the annealed modes' variance."""
+
 
 @final
 class CMCDProcess(Process):
@@ -45,7 +48,8 @@ class CMCDProcess(Process):
         space: Where the particles live; on a torus the prior is uniform.
         num_steps: Number of steps ``K``.
         scale: Initial standard deviation of the prior.
-        step_size: Initial step size at the first step, in units of ``scale ** 2``; it falls as a squared cosine.
+        local_scale: Smallest scale of the target relative to ``scale``, at most 1; the initial schedule and step sizes
+            follow from it.
         local_steps: Whether step sizes carry a learned factor per coordinate that depends on the point.
         width: Width of the network.
         point_features: Random Fourier features of the point.
@@ -67,16 +71,17 @@ class CMCDProcess(Process):
         num_steps: int = 64,
         *,
         scale: float = 1.0,
-        step_size: float = 0.01,
-        local_steps: bool = True,
+        local_scale: float = 0.3,
+        local_steps: bool = False,
         width: int = 64,
         point_features: int = 0,
         detach_score: bool = False,
         seed: int = 0,
     ) -> None:
-        for name, value in (("scale", scale), ("step_size", step_size)):
-            if not value > 0.0:
-                raise ValueError(f"Expected {name} > 0; got {value}.")
+        if not scale > 0.0:
+            raise ValueError(f"Expected scale > 0; got {scale}.")
+        if not 0.0 < local_scale <= 1.0:
+            raise ValueError(f"Expected local_scale in (0, 1]; got {local_scale}.")
         self.uniform_prior = isinstance(space, Torus)
         super().__init__(
             space,
@@ -93,10 +98,13 @@ class CMCDProcess(Process):
         self.register_buffer("scale", torch.tensor(float(scale)))
         self.prior_mean = nn.Parameter(torch.zeros(space.dim))
         self.prior_log_scale = nn.Parameter(torch.full((scales,), math.log(scale)))
-        self.increments = nn.Parameter(torch.zeros(num_steps + 1))
-        phase = (torch.arange(num_steps) / num_steps + 0.008) / 1.008
-        decay = torch.cos(0.5 * math.pi * phase).square().clamp_min(0.01)
-        self.log_step = nn.Parameter((step_size * scale**2 * decay).log().unsqueeze(-1).repeat(1, scales))
+        # A mode of variance s^2 has variance s^2 / beta while annealed. Temperatures spaced evenly in log beta shrink it
+        # at an even pace, and a step of a tenth of its variance is stable and still mixes within it.
+        first = min(local_scale**2, 1.0 / (num_steps + 1))
+        beta = torch.logspace(math.log10(first), 0.0, num_steps + 1, dtype=torch.float64)
+        self.increments = nn.Parameter(beta.diff(prepend=beta.new_zeros(1)).log().float())
+        step = STEP_SHARE * scale**2 * (local_scale**2 / beta[:-1]).clamp_max(1.0)
+        self.log_step = nn.Parameter(step.log().float().unsqueeze(-1).repeat(1, scales))
         generator = torch.Generator().manual_seed(seed)
         self.control = Control(
             space,
@@ -170,7 +178,7 @@ class CMCD(DiffusionSampler):
         num_steps: Number of steps ``K``.
         objective: The loss, log-variance by default.
         scale: Initial standard deviation of the learned prior.
-        step_size: Initial step size at the first step, in units of ``scale ** 2``.
+        local_scale: Smallest scale of the target relative to ``scale``, at most 1.
         local_steps: Whether step sizes carry a learned factor per coordinate that depends on the point.
         width: Width of the network.
         point_features: Random Fourier features of the point; more resolve more modes.
@@ -185,8 +193,8 @@ class CMCD(DiffusionSampler):
         num_steps: int = 64,
         objective: Objective | None = None,
         scale: float = 1.0,
-        step_size: float = 0.01,
-        local_steps: bool = True,
+        local_scale: float = 0.3,
+        local_steps: bool = False,
         width: int = 64,
         point_features: int = 0,
         detach_score: bool = False,
@@ -196,7 +204,7 @@ class CMCD(DiffusionSampler):
             target.space,
             num_steps,
             scale=scale,
-            step_size=step_size,
+            local_scale=local_scale,
             local_steps=local_steps,
             width=width,
             point_features=point_features,
