@@ -322,9 +322,10 @@ def search_modes(
             # What is cut here was not looked at and is not counted.
             x = x[~explained][:max_climbs]
         starts += x.shape[0]
-        end, _ = climb(target, x, 0.1 * (high - low), steps=60)
-        search.evaluations += 60 * x.shape[0]
-        search.absorb(end, count=True)
+        if x.shape[0]:
+            end, _ = climb(target, x, 0.1 * (high - low), steps=60)
+            search.evaluations += 60 * x.shape[0]
+            search.absorb(end, count=True)
         if len(search.modes) > known:
             search.polish()
             known = len(search.modes)

@@ -139,7 +139,7 @@ class EllipticalMixture(Target):
     def log_components(self, x: Tensor) -> Tensor:
         """Log of each weighted component, shape ``(..., D) -> (..., K)``; their logsumexp is ``log_prob``."""
         value = [self._constant + _log_t_only(self._parts(rows)[2], self.df, self.dim) for rows in self._rows(x)]
-        return torch.cat(value).reshape(*x.shape[:-1], -1)
+        return torch.cat(value).reshape(*x.shape[:-1], self.mean.shape[0])
 
     def log_prob(self, x: Tensor) -> Tensor:
         return torch.logsumexp(self.log_components(x), -1)

@@ -30,6 +30,10 @@ from diffsampler.target import Target
 __all__ = ["MeanFieldFits", "climb", "fit_mean_field", "multistart", "spread_over"]
 
 
+# Depth of a hard wall in nats, as the variational search feels it.
+WALL = 6.0
+
+
 @dataclass(frozen=True)
 class MeanFieldFits:
     """Mean-field Gaussians fitted to a target.
@@ -62,7 +66,7 @@ class MeanFieldFits:
                 "Expected a density that is finite near some starting point; got none. Shift or rescale it."
             )
         gap = 12.0 + 2.0 * math.sqrt(self.location.shape[-1])
-        return self.subset(self.elbo > self.elbo.max() - gap)
+        return self.subset(self.elbo >= self.elbo.max() - gap)
 
     def distinct(self, *, limit: int = 64, tolerance: float = 0.5) -> MeanFieldFits:
         """At most ``limit`` fits, best first, no two within ``tolerance`` scales (root mean square) of each other."""
@@ -130,20 +134,29 @@ def fit_mean_field(
         log_prob, score = target.log_prob_and_score(m.unsqueeze(1) + s.unsqueeze(1) * eps)
         sg = s.unsqueeze(1) * score.to(m.dtype)
         finite = (torch.isfinite(sg).all(-1) & torch.isfinite(log_prob)).unsqueeze(-1)
-        inside = finite.to(m.dtype).sum(1).clamp_min(1.0)
-        pull = torch.where(finite, sg, 0.0).sum(1) / inside
-        curvature = torch.where(finite, sg * eps, 0.0).sum(1) / inside
+        pull = torch.where(finite, sg, 0.0).mean(1)
+        curvature = torch.where(finite, sg * eps, 0.0).mean(1)
         if not bool(finite.all()):
-            # Part of q is outside the support: the bound of the truncated q has the term log q(inside).
-            lost = ~finite.all(1)
-            pull = pull + torch.where(lost, torch.where(finite, eps, 0.0).sum(1) / inside, 0.0)
-            curvature = curvature + torch.where(lost, torch.where(finite, eps.square() - 1.0, 0.0).sum(1) / inside, 0.0)
+            # The gradient of the bound for a density that is WALL nats lower outside the support.
+            pull = pull - WALL * torch.where(finite, 0.0, eps).mean(1)
+            curvature = curvature - WALL * torch.where(finite, 0.0, eps.square() - 1.0).mean(1)
             curvature = torch.where(finite.any(1), curvature, -2.0)
-        if not anchored:
-            m = m + eta * s * pull.clamp(-1.0, 1.0)
+        moved = m if anchored else m + eta * s * pull.clamp(-1.0, 1.0)
+        if not anchored and not bool(finite.all()):
+            moved = _kept_inside(target, m, moved, m.unsqueeze(1) + s.unsqueeze(1) * eps, finite.squeeze(-1))
+        m = moved
         # The curvature is skewed: a tight lower limit would bias scales upwards, without end on heavy tails.
         log_s = log_s + 0.5 * eta * (1.0 + curvature).clamp(-4.0, 1.0)
     return MeanFieldFits(m, log_s.exp(), _elbo(target, m, log_s, generator=generator))
+
+
+def _kept_inside(target: Target, m: Tensor, moved: Tensor, draws: Tensor, finite: Tensor) -> Tensor:
+    """Means that do not leave the support: the moved one, else the old one, else a draw that is inside."""
+    with torch.no_grad():
+        good = [torch.isfinite(target.log_prob(x)).unsqueeze(-1) for x in (moved, m)]
+    first = draws[torch.arange(m.shape[0]), finite.to(torch.int8).argmax(1)]
+    rescued = torch.where(finite.any(1, keepdim=True), first, m)
+    return torch.where(good[0], moved, torch.where(good[1], m, rescued))
 
 
 def _elbo(target: Target, m: Tensor, log_s: Tensor, *, generator: torch.Generator | None) -> Tensor:

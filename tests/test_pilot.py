@@ -1,0 +1,153 @@
+import math
+
+import pytest
+import torch
+
+from diffsampler.particles import Particles
+from diffsampler.pilot import Pilot, run_pilot
+from diffsampler.pilot.checks import lost_tail, missing_modes
+from diffsampler.pilot.modes import ModeSet
+from diffsampler.pilot.profile import profile_from_draws
+from diffsampler.pilot.reference import EllipticalMixture, student_t
+from diffsampler.space import MeanFree, Torus
+from diffsampler.target import Target
+
+# Errors of log Z are held against 5 standard errors + 0.02, false alarm below 1e-5 per run with 16 islands.
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def error_is_covered(result, truth):
+    estimate = result.particles.log_normalizer
+    return abs(estimate.value - truth) < 5.0 * estimate.std_error + 0.02
+
+
+def ill_scaled():
+    mean = torch.tensor([1e5, -3.0, 0.0, 100.0], dtype=torch.float64)
+    scale = torch.tensor([1e4, 1e-3, 1.0, 10.0], dtype=torch.float64)
+    return Target.from_log_prob(lambda x: -0.5 * ((x - mean) / scale).square().sum(-1), dim=4), mean, scale
+
+
+def funnel(x):
+    v = x[:, 0]
+    rest = -0.5 * (x[:, 1:].square() * torch.exp(-v).unsqueeze(-1) + v.unsqueeze(-1)).sum(-1)
+    return -v.square() / 18.0 - math.log(3.0) - 5.0 * math.log(2.0 * math.pi) + rest
+
+
+def test_ill_scaled_gaussian():
+    target, mean, scale = ill_scaled()
+    result = run_pilot(target, generator=generator())
+    assert error_is_covered(result, 2.0 * math.log(2.0 * math.pi) + float(scale.log().sum()))
+    assert float(((result.location - mean) / scale).abs().max()) < 0.1
+    assert float((result.scale / scale - 1.0).abs().max()) < 0.05
+    assert result.findings == ()
+    assert result.particles.replicates == 16
+    assert result.search is not None and result.search.stopped == "one mode"
+
+
+def test_forty_modes():
+    means = (torch.rand(40, 2, generator=generator(42)) - 0.5) * 80.0
+    exact = EllipticalMixture(means, torch.full((40, 2), 1.31))
+    result = run_pilot(exact, generator=generator(1))
+    assert error_is_covered(result, 0.0)
+    draws = result.particles.resample(4000, generator=generator())
+    share = torch.bincount(exact.mode_labels(draws), minlength=40) / 4000.0
+    assert int((share > 0).sum()) == 40
+    assert 0.5 * float((share - 0.025).abs().sum()) < 0.08
+    assert len(result.modes) >= 35
+
+
+def test_funnel_neck():
+    result = run_pilot(Target.from_log_prob(funnel, dim=10), generator=generator(3))
+    assert error_is_covered(result, 0.0)
+    assert float(result.scale[0]) == pytest.approx(3.0, rel=0.06)
+    assert any(name.startswith("profile") for name in result.choices["reference"])
+
+
+def test_wells_are_recombined():
+    target = Target.from_log_prob(lambda x: (-x.pow(4) + 6.0 * x.square() + 0.5 * x).sum(-1), dim=12)
+    grid = torch.linspace(-8.0, 8.0, 100001, dtype=torch.float64)
+    one = -grid.pow(4) + 6.0 * grid.square() + 0.5 * grid
+    result = run_pilot(target, generator=generator(), num_particles=4096)
+    assert error_is_covered(result, 12.0 * (float(torch.logsumexp(one, 0)) + math.log(float(grid[1] - grid[0]))))
+    weight = torch.softmax(result.particles.log_weight, 0)
+    right = (weight.unsqueeze(-1) * (result.particles.x > 0)).sum(0)
+    truth = float(torch.softmax(one, 0)[grid > 0].sum())
+    assert float((right - truth).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_improper_density_is_refused(seed):
+    target = Target.from_log_prob(lambda x: -0.5 * (x[:, 0] - 2.0 * x[:, 1]).square(), dim=2)
+    result = run_pilot(target, generator=generator(seed))
+    assert result.particles is None
+    assert result.findings[0][0] == "error"
+    assert "improper" in result.findings[0][1]
+
+
+def test_prior_tempering():
+    # Mean of a Gaussian with two narrow measurements: conjugate, so log Z is known.
+    prior = student_t(torch.zeros(2), torch.full((2,), 5.0))
+    data = torch.tensor([3.0, -1.0], dtype=torch.float64)
+    target = Target.from_log_prob(
+        lambda x: prior.log_prob(x) - 0.5 * ((x - data) / 0.1).square().sum(-1) - math.log(0.01 * 2.0 * math.pi),
+        dim=2,
+        prior=prior,
+    )
+    truth = float(-0.5 * (data.square() / 25.01).sum() - math.log(2.0 * math.pi * 25.01))
+    result = run_pilot(target, generator=generator())
+    assert error_is_covered(result, truth)
+    assert result.choices["prior"]
+    assert result.choices["reference"]["prior"] >= 0.19
+
+
+def test_spaces_without_maps():
+    chain = Target.from_log_prob(lambda x: -0.5 * x.square().sum(-1) / 0.04, space=MeanFree(4, 2))
+    result = run_pilot(chain, generator=generator(), num_particles=2048)
+    assert error_is_covered(result, 3.0 * math.log(2.0 * math.pi * 0.04))
+    assert float(result.particles.x.unflatten(-1, (4, 2)).mean(1).abs().max()) < 1e-9
+    angles = Target.from_log_prob(lambda x: 3.0 * torch.cos(x).sum(-1), space=Torus(3))
+    result = run_pilot(angles, generator=generator(), num_particles=2048)
+    bessel = float(torch.special.i0(torch.tensor(3.0, dtype=torch.float64)))
+    assert error_is_covered(result, 3.0 * math.log(2.0 * math.pi * bessel))
+
+
+def test_evaluation_budget_is_kept():
+    target = Target.from_log_prob(funnel, dim=10)
+    result = run_pilot(target, generator=generator(), evaluations=300_000)
+    assert result.evaluations < 330_000
+    assert any("budget" in message or "agree" in message for _, message, _ in result.findings)
+
+
+def test_same_seed_same_particles_and_progress():
+    told = []
+    target, _, _ = ill_scaled()
+    one = run_pilot(target, generator=generator(5), num_particles=1024, progress=told.append)
+    two = run_pilot(target, generator=generator(5), num_particles=1024)
+    assert torch.equal(one.particles.x, two.particles.x)
+    assert told[0] == "variational search" and told[-1] == "last pass"
+
+
+def test_lost_tail_and_missing_modes_are_seen():
+    target = Target.from_log_prob(funnel, dim=10)
+    z = torch.randn(4096, 10, generator=generator(), dtype=torch.float64)
+    v = 3.0 * z[:, :1]
+    x = torch.cat([v, z[:, 1:] * torch.exp(0.5 * v)], 1)
+    profile = profile_from_draws(target, 0, x)
+    complete = Particles(x, torch.zeros(4096, dtype=torch.float64))
+    assert lost_tail(complete, profile) < 0.05
+    cut = Particles(x[v[:, 0] > -3.8], torch.zeros(int((v[:, 0] > -3.8).sum()), dtype=torch.float64))
+    assert lost_tail(cut, profile) > 0.08
+    eye = torch.eye(2, dtype=torch.float64).expand(2, 2, 2)
+    centre = torch.tensor([[0.0, 0.0], [20.0, 0.0]], dtype=torch.float64)
+    modes = ModeSet(centre, eye, torch.zeros(2, dtype=torch.float64), torch.ones(2).bool(), torch.ones(2).long())
+    assert missing_modes(Particles(z[:, :2], torch.zeros(4096, dtype=torch.float64)), modes).tolist() == [1]
+    both = torch.cat([z[:, :2], z[:, :2] + centre[1]])
+    assert missing_modes(Particles(both, torch.zeros(8192, dtype=torch.float64)), modes).tolist() == []
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="Expected at least 2 islands"):
+        Pilot(num_particles=100, num_islands=16)
