@@ -17,9 +17,9 @@ from diffsampler.target import Target, shape_message
 __all__ = ["check_points", "check_target", "differing_point", "working_dtype"]
 
 NUM_POINTS = 16
-STRETCHES = ((1e4, 1e6), (1e8, 1e12))
-"""Distances between which a density must fall faster than 1/distance, on one stretch at least: the near one may lie
-inside a wide density, and on the far one transforms of constrained parameters saturate."""
+STRETCHES = ((5.0, 30.0), (1e4, 1e6), (1e8, 1e12))
+"""Distances between which a density must fall faster than 1/distance, on one stretch at least: near ones may lie inside
+a wide density, and on far ones transforms of constrained parameters saturate."""
 
 
 def check_points(target: Target, n: int = NUM_POINTS, *, seed: int = 0) -> Tensor:

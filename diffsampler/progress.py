@@ -34,11 +34,17 @@ class Progress:
             self._bar = None
 
     def start(self, phase: str, total: int | None) -> None:
-        """Begin a phase of ``total`` steps, or of unknown length."""
+        """Begin a phase of ``total`` steps, or of unknown length.
+
+        Raises:
+            ImportError: If a bar is asked for and tqdm is not installed.
+        """
         self._close()
         if self._enabled:
-            from tqdm import tqdm
-
+            try:
+                from tqdm import tqdm
+            except ImportError as error:
+                raise ImportError("Expected tqdm to be installed: pip install tqdm, or progress=False.") from error
             self._bar = tqdm(total=total, desc=phase, leave=False)
 
     def tell(self, phase: str) -> None:

@@ -177,7 +177,20 @@ class Fit:
         return to_arviz(self.posterior, self.particles.log_weight, weights=weights, num_chains=num_chains, attrs=attrs)
 
     def plot(self, kind: Literal["pair", "weights", "training"] = "pair", **options: Any) -> Figure:
-        """Draw weighted pair plots, the weights, or training curves; options go to :mod:`diffsampler.plotting`."""
+        """Draw weighted pair plots, the weights, or training curves; options go to :mod:`diffsampler.plotting`.
+
+        Raises:
+            ValueError: If the kind is unknown, or there is nothing to show.
+            ImportError: If matplotlib is not installed.
+        """
+        try:
+            return self._plot(kind, options)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "matplotlib":
+                raise
+            raise ImportError("Expected matplotlib to be installed: pip install matplotlib.") from error
+
+    def _plot(self, kind: str, options: dict[str, Any]) -> Figure:
         from diffsampler import plotting
 
         if kind == "pair":

@@ -138,10 +138,23 @@ class DiffusionSampler(Sampler):
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
             resume=resume,
-            identity={"sampler": type(self).__name__, "target": type(self.target).__name__, "dim": self.target.dim},
+            identity=None if checkpoint is None else self._identity(),
             callback=callback,
         )
         return self
+
+    def _identity(self) -> dict[str, object]:
+        """What a checkpoint must agree with: the density itself too, by its values at a few points."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        x = self.target.space.noise((3,), like=next(self.process.parameters()), generator=generator)
+        with torch.no_grad():
+            values = self.target.log_prob(self.target.space.project(x))
+        return {
+            "sampler": type(self).__name__,
+            "target": type(self.target).__name__,
+            "dim": self.target.dim,
+            "log_prob": [f"{value:.4g}" for value in values.tolist()],
+        }
 
     def sample(self, n: int, *, seed: int = 0) -> Particles:
         """Draw ``n`` independent weighted particles; those lost to non-finite values are counted, not repaired."""
