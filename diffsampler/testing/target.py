@@ -1,7 +1,4 @@
-"""Conformance suites that users can run on their own classes.
-
-A suite raises AssertionError with the reason at the first promise that is broken, and returns what it checked.
-"""
+"""Conformance of targets."""
 
 from __future__ import annotations
 
@@ -13,11 +10,9 @@ from torch import Tensor
 
 from diffsampler.space import Euclidean, MeanFree, Torus
 from diffsampler.target import Target
+from diffsampler.testing.common import FALSE_ALARM, normal_quantile, require
 
 __all__ = ["check_target"]
-
-FALSE_ALARM = 1e-6
-"""Probability that one statistical check of a suite fails on a correct class (Gaussian limit, Bonferroni inside)."""
 
 
 def check_target(
@@ -45,7 +40,7 @@ def check_target(
         AssertionError: At the first broken promise.
     """
     x = (_default_points(target, generator) if points is None else points).detach().double()
-    _require(
+    require(
         x.ndim == 2 and x.shape[-1] == target.dim and len(x) >= 2,
         f"Expected at least two points of shape (n, {target.dim}); got {tuple(x.shape)}.",
     )
@@ -57,7 +52,7 @@ def check_target(
         "constrain": lambda: _check_constrain(target, x),
     }
     if target.log_normalizer is not None:
-        checks["declared normalizer"] = lambda: _require(
+        checks["declared normalizer"] = lambda: require(
             isinstance(target.log_normalizer, float) and math.isfinite(target.log_normalizer),
             f"Expected log_normalizer to be a finite float or None; got {target.log_normalizer!r}.",
         )
@@ -74,11 +69,6 @@ def check_target(
     if target.has_sampler and target.log_normalizer is not None and isinstance(target.space, Euclidean):
         done += ["normalizer"] if _check_normalizer(target, draws, generator) else []
     return tuple(done)
-
-
-def _require(condition: bool, message: str) -> None:  # noqa: FBT001
-    if not condition:
-        raise AssertionError(message)
 
 
 def _default_points(target: Target, generator: torch.Generator) -> Tensor:
@@ -99,28 +89,26 @@ def _check_shapes(target: Target, x: Tensor) -> None:
     before, count = x.clone(), len(x) - len(x) % 2
     with torch.no_grad():
         flat = target.log_prob(x)
-    _require(torch.equal(before, x), "Expected log_prob to leave its input unchanged; it was written to.")
-    _require(flat.shape == x.shape[:1], f"Expected log_prob of shape {tuple(x.shape[:1])}; got {tuple(flat.shape)}.")
+    require(torch.equal(before, x), "Expected log_prob to leave its input unchanged; it was written to.")
+    require(flat.shape == x.shape[:1], f"Expected log_prob of shape {tuple(x.shape[:1])}; got {tuple(flat.shape)}.")
     bad = ~torch.isfinite(flat)
-    _require(
-        not bad.any(), f"Expected log_prob to be finite at all points; got {bad.sum().item()} values that are not."
-    )
+    require(not bad.any(), f"Expected log_prob to be finite at all points; got {bad.sum().item()} values that are not.")
     for view in (x[0], x[:1], x[:0], x[:count].unflatten(0, (2, -1)), x[:count].unflatten(0, (2, 1, -1))):
         shape = tuple(view.shape[:-1])
         with torch.no_grad():
             value = target.log_prob(view)
         fused, score = target.log_prob_and_score(view)
-        _require(
+        require(
             value.shape == shape, f"Expected log_prob of shape {shape} for batch {shape}; got {tuple(value.shape)}."
         )
-        _require(
+        require(
             fused.shape == shape and score.shape == view.shape,
             f"Expected log_prob_and_score of shapes {shape} and {tuple(view.shape)}; "
             f"got {tuple(fused.shape)} and {tuple(score.shape)}.",
         )
         if view.numel():
             error = _worst(value.reshape(-1), flat[: value.numel()])
-            _require(error < 1e-9, f"Expected the same log_prob in any batch shape; got {error:.2g} off for {shape}.")
+            require(error < 1e-9, f"Expected the same log_prob in any batch shape; got {error:.2g} off for {shape}.")
 
 
 def _check_precision(target: Target, x: Tensor) -> None:
@@ -130,31 +118,31 @@ def _check_precision(target: Target, x: Tensor) -> None:
         with torch.no_grad():
             plain = target.log_prob(points)
         got = (plain.dtype, log_prob.dtype, score.dtype)
-        _require(got == (dtype,) * 3, f"Expected results in the dtype of x, {dtype}; got {got}.")
+        require(got == (dtype,) * 3, f"Expected results in the dtype of x, {dtype}; got {got}.")
     # Compared at the rounded points, so only the arithmetic differs.
     exact, exact_score = target.log_prob_and_score(single.double())
     log_prob, score = target.log_prob_and_score(single)
     error = _worst(log_prob.double(), exact)
-    _require(error < 1e-3, f"Expected float32 and float64 log_prob to agree; relative difference {error:.2g}.")
+    require(error < 1e-3, f"Expected float32 and float64 log_prob to agree; relative difference {error:.2g}.")
     size = 1.0 + exact_score.abs().amax(-1, keepdim=True)
     error = ((score.double() - exact_score).abs() / size).max().item()
-    _require(error < 1e-3, f"Expected float32 and float64 scores to agree; relative difference {error:.2g}.")
+    require(error < 1e-3, f"Expected float32 and float64 scores to agree; relative difference {error:.2g}.")
 
 
 def _check_score(target: Target, x: Tensor, generator: torch.Generator) -> None:
     log_prob, score = target.log_prob_and_score(x)
-    _require(
+    require(
         not (log_prob.requires_grad or score.requires_grad), "Expected log_prob_and_score to return no graph; it did."
     )
     bad = ~torch.isfinite(score).all(-1)
-    _require(not bad.any(), f"Expected a finite score at all points; got {bad.sum().item()} points where it is not.")
+    require(not bad.any(), f"Expected a finite score at all points; got {bad.sum().item()} points where it is not.")
     with torch.no_grad():
         error = _worst(log_prob, target.log_prob(x))
-    _require(error < 1e-9, f"Expected log_prob_and_score to return log_prob; relative difference {error:.2g}.")
+    require(error < 1e-9, f"Expected log_prob_and_score to return log_prob; relative difference {error:.2g}.")
     auto = target.score(x, create_graph=True).detach()
     size = 1.0 + auto.abs().amax(-1, keepdim=True)
     error = ((score - auto).abs() / size).max().item()
-    _require(error < 1e-8, f"Expected the fused score to equal autograd; relative difference {error:.2g}.")
+    require(error < 1e-8, f"Expected the fused score to equal autograd; relative difference {error:.2g}.")
     # A detached or in-place operation deceives autograd as well; finite differences see it.
     space = target.space
     spread = x.std(0) if isinstance(space, Euclidean) else x.new_ones(())
@@ -164,7 +152,7 @@ def _check_score(target: Target, x: Tensor, generator: torch.Generator) -> None:
         slope = (target.log_prob(x + v) - target.log_prob(x - v)) / 2.0
     error_each = (slope - (score * v).sum(-1)).abs()
     wrong = error_each > 1e-2 * (score * v).abs().sum(-1) + 1e-12 * (1.0 + log_prob.abs()) + 1e-7
-    _require(
+    require(
         wrong.double().mean().item() <= 0.2,
         f"Expected autograd to match finite differences of log_prob; got {wrong.sum().item()} of {len(x)} points that "
         "do not. Look for detach, in-place or rounding operations in log_prob.",
@@ -176,22 +164,22 @@ def _check_space(target: Target, x: Tensor) -> None:
     if isinstance(space, Torus):
         with torch.no_grad():
             error = _worst(target.log_prob(x + 2.0 * math.pi), target.log_prob(x))
-        _require(error < 1e-8, f"Expected log_prob to have period 2 pi on a Torus; got a difference of {error:.2g}.")
+        require(error < 1e-8, f"Expected log_prob to have period 2 pi on a Torus; got a difference of {error:.2g}.")
     if isinstance(space, MeanFree):
         shift = x.new_ones(space.n, space.d).flatten()
         with torch.no_grad():
             error = _worst(target.log_prob(x + shift), target.log_prob(x))
-        _require(error < 1e-8, f"Expected log_prob not to change under translation on MeanFree; got {error:.2g}.")
+        require(error < 1e-8, f"Expected log_prob not to change under translation on MeanFree; got {error:.2g}.")
 
 
 def _check_constrain(target: Target, x: Tensor) -> None:
     for name, value in target.constrain(x).items():
-        _require(
+        require(
             value.shape[:1] == x.shape[:1],
             f"Expected constrain to keep the particle axis of length {len(x)} first; got {tuple(value.shape)} "
             f"for {name!r}.",
         )
-        _require(bool(torch.isfinite(value).all()), f"Expected finite constrained values; got others for {name!r}.")
+        require(bool(torch.isfinite(value).all()), f"Expected finite constrained values; got others for {name!r}.")
 
 
 def _check_sampler(target: Target, generator: torch.Generator) -> None:
@@ -202,20 +190,18 @@ def _check_sampler(target: Target, generator: torch.Generator) -> None:
         return target.sample(n, generator=torch.Generator(generator.device).manual_seed(seed))
 
     first, again, single = draw(50), draw(50), draw(1)
-    _require(
+    require(
         first.shape == (50, target.dim) and single.shape == (1, target.dim),
         f"Expected sample(50) of shape (50, {target.dim}); got {tuple(first.shape)}.",
     )
-    _require(first.dtype == torch.float64, f"Expected samples in float64; got {first.dtype}.")
-    _require(bool(torch.isfinite(first).all()), "Expected finite samples; got some that are not.")
-    _require(torch.equal(first, again), "Expected equal seeds to give equal samples; they differ.")
+    require(first.dtype == torch.float64, f"Expected samples in float64; got {first.dtype}.")
+    require(bool(torch.isfinite(first).all()), "Expected finite samples; got some that are not.")
+    require(torch.equal(first, again), "Expected equal seeds to give equal samples; they differ.")
     other = target.sample(50, generator=generator)
-    _require(not torch.equal(first, other), "Expected other seeds to give other samples; they are equal.")
-    _require(
-        torch.equal(state, torch.get_rng_state()), "Expected sample to leave the global generator alone; it moved."
-    )
+    require(not torch.equal(first, other), "Expected other seeds to give other samples; they are equal.")
+    require(torch.equal(state, torch.get_rng_state()), "Expected sample to leave the global generator alone; it moved.")
     error = _worst(target.space.project(first), first)
-    _require(error < 1e-9, f"Expected samples on the space; the projection moves them by {error:.2g}.")
+    require(error < 1e-9, f"Expected samples on the space; the projection moves them by {error:.2g}.")
 
 
 def _check_stein(target: Target, draws: int, generator: torch.Generator) -> None:
@@ -228,9 +214,9 @@ def _check_stein(target: Target, draws: int, generator: torch.Generator) -> None
     width = (x - center).abs().median(0).values
     values = torch.cat([(x - center) * score + 1.0, width * score], -1)
     z = values.mean(0) / (values.std(0) / math.sqrt(draws) + 1e-12)
-    limit = _normal_quantile(FALSE_ALARM / values.shape[-1])
+    limit = normal_quantile(FALSE_ALARM / values.shape[-1])
     worst = int(z.abs().argmax())
-    _require(
+    require(
         z.abs().max().item() < limit,
         f"Expected samples to follow the density; Stein's identity fails in coordinate {worst % target.dim} by "
         f"{z.abs().max().item():.1f} standard errors (limit {limit:.1f}).",
@@ -241,17 +227,17 @@ def _check_modes(target: Target, x: Tensor, draws: int, generator: torch.Generat
     count = target.num_modes
     assert count is not None
     labels, weights = target.mode_labels(x), target.mode_weights()
-    _require(labels.shape == x.shape[:1], f"Expected labels of shape {tuple(x.shape[:1])}; got {tuple(labels.shape)}.")
-    _require(labels.dtype == torch.int64, f"Expected labels in int64; got {labels.dtype}.")
+    require(labels.shape == x.shape[:1], f"Expected labels of shape {tuple(x.shape[:1])}; got {tuple(labels.shape)}.")
+    require(labels.dtype == torch.int64, f"Expected labels in int64; got {labels.dtype}.")
     inside = (labels >= 0) & (labels < count)
-    _require(bool(inside.all()), f"Expected labels in [0, {count}); got {labels[~inside][:1].tolist()}.")
-    _require(target.mode_labels(x[0]).shape == (), "Expected a label without batch axes for a single point.")
-    _require(
+    require(bool(inside.all()), f"Expected labels in [0, {count}); got {labels[~inside][:1].tolist()}.")
+    require(target.mode_labels(x[0]).shape == (), "Expected a label without batch axes for a single point.")
+    require(
         weights.shape == (count,) and weights.dtype == torch.float64,
         f"Expected mode_weights of shape ({count},) in float64; got {tuple(weights.shape)}, {weights.dtype}.",
     )
     total = weights.sum().item()
-    _require(
+    require(
         bool((weights >= 0).all()) and abs(total - 1.0) < 1e-6,
         f"Expected mode_weights to be probabilities; they sum to {total:.6g}.",
     )
@@ -260,8 +246,8 @@ def _check_modes(target: Target, x: Tensor, draws: int, generator: torch.Generat
         error = (weights * (1.0 - weights) * draws).sqrt()
         # Binomial tails are wider than Gaussian ones where few points are expected: two counts of slack.
         z = ((found - draws * weights).abs() - 2.0).clamp_min(0.0) / (error + 1e-12)
-        worst, limit = int(z.argmax()), _normal_quantile(FALSE_ALARM / count)
-        _require(
+        worst, limit = int(z.argmax()), normal_quantile(FALSE_ALARM / count)
+        require(
             z.max().item() < limit,
             f"Expected a share of {weights[worst].item():.4f} of samples in mode {worst}; "
             f"got {found[worst].item() / draws:.4f} ({z.max().item():.1f} standard errors).",
@@ -271,16 +257,14 @@ def _check_modes(target: Target, x: Tensor, draws: int, generator: torch.Generat
 def _check_prior(target: Target, draws: int, generator: torch.Generator) -> None:
     prior = target.prior
     assert prior is not None
-    _require(prior.space == target.space, f"Expected the prior on {target.space}; got {prior.space}.")
-    _require(prior.has_sampler, "Expected the prior to have an exact sampler; has_sampler is False.")
-    _require(
-        prior.log_normalizer == 0.0, f"Expected a normalized prior (log_normalizer 0); got {prior.log_normalizer}."
-    )
+    require(prior.space == target.space, f"Expected the prior on {target.space}; got {prior.space}.")
+    require(prior.has_sampler, "Expected the prior to have an exact sampler; has_sampler is False.")
+    require(prior.log_normalizer == 0.0, f"Expected a normalized prior (log_normalizer 0); got {prior.log_normalizer}.")
     check_target(prior, generator=generator, draws=draws)
     x = prior.sample(64, generator=generator)
     with torch.no_grad():
         finite = torch.isfinite(target.log_prob(x) - prior.log_prob(x))
-    _require(bool(finite.all()), "Expected a finite log likelihood at prior draws; got some that are not.")
+    require(bool(finite.all()), "Expected a finite log likelihood at prior draws; got some that are not.")
 
 
 def _check_normalizer(target: Target, draws: int, generator: torch.Generator) -> bool:
@@ -315,8 +299,8 @@ def _check_normalizer(target: Target, draws: int, generator: torch.Generator) ->
     if not error < 0.1:
         return False
     z_score = abs(value - target.log_normalizer) / error
-    limit = _normal_quantile(FALSE_ALARM)
-    _require(
+    limit = normal_quantile(FALSE_ALARM)
+    require(
         z_score < limit,
         f"Expected log_normalizer {target.log_normalizer:.6g} to agree with the density and its samples; bridge "
         f"sampling gives {value:.6g} +- {error:.2g} ({z_score:.1f} standard errors).",
@@ -339,8 +323,3 @@ def _acceptance_ratio(target_ratio: Tensor, proposal_ratio: Tensor) -> tuple[flo
     n = target_ratio.numel()
     overlap = (0.5 / (1.0 + torch.cosh((both - low).clamp(-500.0, 500.0)))).sum().item()
     return low.item(), math.sqrt(max(1.0 / overlap - 2.0 / n, 1e-12)) if overlap > 0 else math.inf
-
-
-def _normal_quantile(probability: float) -> float:
-    """Two-sided limit that a standard normal variable exceeds with the given probability."""
-    return -torch.special.ndtri(torch.tensor(0.5 * probability, dtype=torch.float64)).item()
