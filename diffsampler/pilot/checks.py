@@ -144,6 +144,11 @@ def judge(
                 "tail where the particles have 0.02."
             )
             findings.append(("warning", message, "Hand over a prior, or use a non-centred parametrisation."))
+    return findings + _search_findings(particles, modes, report)
+
+
+def _search_findings(particles: Particles, modes: ModeSet | None, report: SearchReport | None) -> list[FindingTuple]:
+    findings: list[FindingTuple] = []
     if report is not None and report.singletons and not report.continuum:
         message = (
             f"{report.singletons} modes were each found by one start of {report.starts} only; the chance that the next "

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import final
+from typing import Any, final
 
 import torch
 
@@ -249,17 +249,7 @@ class Pilot:
             findings=tuple(findings),
             evaluations=target.evaluations,
             seconds=meter.elapsed(),
-            choices={
-                "num_particles": len(particles),
-                "num_islands": self.num_islands,
-                "num_passes": len(passes),
-                "betas": list(final.schedule.betas),
-                "step_sizes": list(final.schedule.step_sizes),
-                "num_moves": list(final.schedule.num_moves),
-                "transport": type(guide.transport).__name__,
-                "reference": guide.weights,
-                "prior": knowledge is not None and knowledge.prior is not None,
-            },
+            choices=_choices(len(passes), guide, final, prior=knowledge is not None and knowledge.prior is not None),
         )
 
     def _affordable(self, adaptive: SMCResult, cost: float, meter: Meter) -> int:
@@ -281,6 +271,21 @@ def agree(estimates: list[Estimate]) -> bool:
         return False
     climbing = len(value) >= 3 and value[-1] > value[-2] > value[-3] and value[-1] - value[-3] > 2.0 * error + 0.03
     return not climbing
+
+
+def _choices(num_passes: int, guide: Guide, final: SMCResult, *, prior: bool) -> dict[str, Any]:
+    """Everything that was chosen, as plain values."""
+    return {
+        "num_particles": len(final.particles),
+        "num_islands": final.particles.replicates,
+        "num_passes": num_passes,
+        "betas": list(final.schedule.betas),
+        "step_sizes": list(final.schedule.step_sizes),
+        "num_moves": list(final.schedule.num_moves),
+        "transport": type(guide.transport).__name__,
+        "reference": guide.weights,
+        "prior": prior,
+    }
 
 
 def _knowledge(
