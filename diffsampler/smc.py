@@ -361,7 +361,9 @@ def _result(settings: _Settings, population: _Population, log: _Log, adaptive: S
     weight = torch.softmax(torch.where(dead, torch.zeros_like(blocks), blocks), -1).reshape(-1)
     family = torch.zeros_like(weight).index_add_(0, population.ancestors, weight).reshape(islands, size)
     effective = torch.where(dead.squeeze(-1), torch.zeros_like(family[:, 0]), 1.0 / family.square().sum(-1))
-    particles = Particles(points.x, log_weight, replicates=islands, has_normalizer=population.beta == 1.0, nonfinite=log.lost)
+    particles = Particles(
+        points.x, log_weight, replicates=islands, has_normalizer=population.beta == 1.0, nonfinite=log.lost
+    )
     return SMCResult(
         particles=particles,
         schedule=log.schedule(),
