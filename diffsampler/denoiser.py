@@ -25,6 +25,8 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor, nn
 
+LOG_2PI = math.log(2.0 * math.pi)
+
 __all__ = ["Denoised", "Denoiser", "MixtureDenoiser", "ProductDenoiser", "UnitDenoiser"]
 
 
@@ -61,23 +63,34 @@ class Denoiser(nn.Module, ABC):
         """Moments at points ``y (..., D)`` under noise variances ``noise (..., 1)``."""
 
     @abstractmethod
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Normalised log density of the fitted law, shape ``(...)``, in the dtype of ``z``."""
+    def log_prob(self, y: Tensor, noise: Tensor) -> Tensor:
+        """Normalised log density of noisy points ``y (..., D)``, shape ``(...)``; noise variances ``(..., 1)``."""
+
+    @abstractmethod
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw from the fitted law, shape ``(n, D)``."""
 
 
 @final
 class UnitDenoiser(Denoiser):
     """Denoiser of the standard Gaussian; its one component has share 1."""
 
+    unit: Tensor
+
     def __init__(self, dim: int) -> None:
         super().__init__(dim, 1, joint=True)
+        self.register_buffer("unit", torch.ones(dim))
 
     def forward(self, y: Tensor, noise: Tensor) -> Denoised:
         keep = 1.0 / (1.0 + noise)
         return Denoised(keep * y, (noise * keep).expand_as(y), -y, torch.ones_like(y[..., :1]))
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        return -0.5 * (z.square().sum(-1) + self.dim * math.log(2.0 * math.pi))
+    def log_prob(self, y: Tensor, noise: Tensor) -> Tensor:
+        spread = 1.0 + noise
+        return -0.5 * (y.square() / spread + spread.log() + LOG_2PI).sum(-1)
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        return torch.randn(n, self.dim, generator=generator, dtype=self.unit.dtype, device=self.unit.device)
 
 
 @final
@@ -123,10 +136,15 @@ class ProductDenoiser(Denoiser):
         score = -(self._share(delta, own) * own * delta).sum(-1)
         return Denoised(y + move, variance, score, share)
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        square = (z.unsqueeze(-1) - self.mean).square() / self.variance
-        log_normal = -0.5 * (square + self.variance.log() + math.log(2.0 * math.pi))
+    def log_prob(self, y: Tensor, noise: Tensor) -> Tensor:
+        spread = self.variance + noise.unsqueeze(-1)
+        log_normal = -0.5 * ((y.unsqueeze(-1) - self.mean).square() / spread + spread.log() + LOG_2PI)
         return torch.logsumexp(self.log_weight + log_normal, -1).sum(-1)
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        pick = torch.multinomial(self.log_weight.exp(), n, replacement=True, generator=generator)
+        noise = torch.randn(self.dim, n, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
+        return (self.mean.gather(1, pick) + self.variance.gather(1, pick).sqrt() * noise).mT.contiguous()
 
 
 @final
@@ -190,7 +208,14 @@ class MixtureDenoiser(Denoiser):
     def _axes_back(self) -> Tensor:
         return self.axes.unflatten(-1, (self.components, self.dim)).permute(1, 2, 0)
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        delta = (z @ self.axes).unflatten(-1, (self.components, self.dim)) - self.mean
-        log_normal = -0.5 * (delta.square() / self.variance + self.variance.log() + math.log(2.0 * math.pi)).sum(-1)
+    def log_prob(self, y: Tensor, noise: Tensor) -> Tensor:
+        delta = (y @ self.axes).unflatten(-1, (self.components, self.dim)) - self.mean
+        spread = self.variance + noise.unsqueeze(-1)
+        log_normal = -0.5 * (delta.square() / spread + spread.log() + LOG_2PI).sum(-1)
         return torch.logsumexp(self.log_weight + log_normal, -1)
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        pick = torch.multinomial(self.log_weight.exp(), n, replacement=True, generator=generator)
+        noise = torch.randn(n, self.dim, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
+        inner = self.mean[pick] + self.variance[pick].sqrt() * noise
+        return (self._axes_back[pick].mT @ inner.unsqueeze(-1)).squeeze(-1)

@@ -19,7 +19,7 @@ from diffsampler.particles import Particles
 from diffsampler.pilot import PilotResult
 from diffsampler.pilot.guide import wide_law
 from diffsampler.pilot.search import multistart
-from diffsampler.pilot.transport import PulledBack
+from diffsampler.refinement import refine
 from diffsampler.sampler import DiffusionSampler, Sampler
 from diffsampler.schedule import variance_exploding
 from diffsampler.smc import SMCResult, smc
@@ -98,7 +98,6 @@ def learned_sampler(
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     features = 64 if target.dim <= 4 else 0
     noise_min = min(0.5, max(0.01, 0.5 * local))
-    step = min(0.05, max(1e-3, 0.5 * local**2))
     makers: dict[str, Callable[[], DiffusionSampler]] = {
         "pis": lambda: PIS(standard, scale=1.5, point_features=features, seed=seed),
         "dds": lambda: DDS(standard, scale=1.5, point_features=features, seed=seed),
@@ -109,7 +108,7 @@ def learned_sampler(
             point_features=features,
             seed=seed,
         ),
-        "cmcd": lambda: CMCD(standard, scale=1.5, step_size=step, seed=seed),
+        "cmcd": lambda: CMCD(standard, scale=1.5, local_scale=local, seed=seed),
     }
     sampler = makers[name]().to(device=generator.device, dtype=dtype)
     choices = {
@@ -146,35 +145,58 @@ def refined_sampler(
     callback: Callable[[dict[str, float]], None],
     start: Callable[[str, int | None], None],
 ) -> tuple[MappedSampler, dict[str, Any]]:
-    """A process trained on a pilot's particles, in the pilot's map coordinates.
+    """A sampler that draws cheaply, learned from a pilot's particles; see :mod:`diffsampler.refinement`.
 
-    First by simulation-free bridge likelihood on the particles, then by the log-variance loss on fresh and replayed
-    paths, which removes what the particles' errors left behind.
+    Off Euclidean space there are no mixtures to build on: a network alone learns to reverse the noising chain.
     """
     assert pilot.particles is not None
     device = generator.device
     index = systematic_resample(pilot.particles.log_weight, generator=generator)
     x = pilot.particles.x[index]
-    if pilot.transport is None:
-        base, z, unmap = target, x, lambda u: u
-    else:
-        transport = pilot.transport
-        base, z = PulledBack(target, transport), transport.inverse(x)
-        unmap = lambda u: transport(u)[0]  # noqa: E731
-    standard = _standard(base, z)
-    bank = standard.to_standard(z).to(dtype)
+    settings = {"steps": steps, "limited": limited, "spent": spent, "callback": callback, "start": start}
+    if not isinstance(target.space, Euclidean):
+        return _refined_on_space(target, x.to(device), generator=generator, dtype=dtype, **settings)  # type: ignore[arg-type]
+    work, choices = refine(
+        target,
+        x,
+        transport=pilot.transport,
+        centres=pilot.modes if len(pilot.modes) > 1 else None,
+        generator=generator,
+        dtype=dtype,
+        **settings,  # type: ignore[arg-type]
+    )
+    return MappedSampler(target, work.sampler, work.frame.to_original), {
+        **choices,
+        "learned_steps": int(sum(_last_steps(work.history))),
+    }
+
+
+def _refined_on_space(
+    target: Target,
+    x: Tensor,
+    *,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    steps: int | None,
+    limited: bool,
+    spent: Callable[[], float],
+    callback: Callable[[dict[str, float]], None],
+    start: Callable[[str, int | None], None],
+) -> tuple[MappedSampler, dict[str, Any]]:
+    """A network trained by bridge likelihood on the particles, then by log-variance on fresh and replayed paths."""
+    standard = _standard(target, x)
+    bank = standard.to_standard(x).to(dtype)
     local = _local_scale(standard, bank)
-    seed = int(torch.randint(2**31, (), generator=generator, device=device))
+    seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     num_steps = 32
     sampler = DIS(
         standard,
         num_steps=num_steps,
         schedule=variance_exploding(num_steps, noise_min=0.5 * local),
-        point_features=64 if target.dim <= 4 else 0,
         width=96,
         seed=seed,
     )
-    sampler.to(device=device, dtype=dtype)
+    sampler.to(device=generator.device, dtype=dtype)
     history = []
     for objective, share, count, rate in (
         (BridgeLikelihood(), BRIDGE_SHARE, BRIDGE_STEPS, 2e-3),
@@ -195,7 +217,7 @@ def refined_sampler(
         history += sampler.history
     sampler.history = history
     choices = {"num_steps": num_steps, "noise_min": 0.5 * local, "learned_steps": int(sum(_last_steps(history)))}
-    return MappedSampler(target, sampler, lambda u: unmap(standard.to_original(u))), choices
+    return MappedSampler(target, sampler, standard.to_original), choices
 
 
 def _until(spent: Callable[[], float], share: float) -> Callable[[], float]:

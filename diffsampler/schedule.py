@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["NoiseSchedule", "cosine_preserving", "variance_exploding", "variance_preserving"]
+__all__ = ["NoiseSchedule", "cosine_preserving", "exploding_levels", "variance_exploding", "variance_preserving"]
 
 
 class NoiseSchedule(NamedTuple):
@@ -75,7 +75,16 @@ def variance_exploding(num_steps: int, *, noise_min: float = 0.03, noise_max: fl
     _check_steps(num_steps)
     if not 0.0 < noise_min < noise_max:
         raise ValueError(f"Expected 0 < noise_min < noise_max; got {noise_min} and {noise_max}.")
-    levels = torch.logspace(math.log10(noise_max), math.log10(noise_min), num_steps, dtype=torch.float64)
+    return exploding_levels(
+        torch.logspace(math.log10(noise_max), math.log10(noise_min), num_steps, dtype=torch.float64)
+    )
+
+
+def exploding_levels(levels: Tensor) -> NoiseSchedule:
+    r"""Brownian noising with given levels :math:`\sqrt{V_0} > \dots > \sqrt{V_{K-1}} > 0`, shape ``(K,)``."""
+    levels = levels.double()
+    if levels.ndim != 1 or not bool((levels > 0.0).all() and (levels.diff() < 0.0).all()):
+        raise ValueError(f"Expected falling positive levels of shape (K,); got {levels.tolist()}.")
     total = torch.cat([levels, levels.new_zeros(1)]).square()
-    ones = torch.ones(num_steps, dtype=torch.float64)
-    return NoiseSchedule(ones, total[:-1] - total[1:], torch.ones(num_steps + 1, dtype=torch.float64), total)
+    ones = torch.ones(len(levels), dtype=torch.float64)
+    return NoiseSchedule(ones, total[:-1] - total[1:], torch.ones(len(levels) + 1, dtype=torch.float64), total)

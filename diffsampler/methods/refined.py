@@ -90,6 +90,7 @@ class RefinedProcess(Process):
     noise: Tensor
     variance: Tensor
     total_noise: Tensor
+    keep: Tensor
     features: Tensor
     shrink: Tensor
 
@@ -122,16 +123,18 @@ class RefinedProcess(Process):
         self.gate = nn.Parameter(torch.zeros(num_steps, dim))
         self.bias = nn.Parameter(torch.zeros(num_steps, 2 * dim))
         self.initial_mean = nn.Parameter(torch.zeros(dim))
-        self.initial_log_scale = nn.Parameter(torch.full((dim,), 0.5 * math.log1p(float(total[0]))))
+        self.initial_log_scale = nn.Parameter(torch.zeros(dim))
         generator = torch.Generator().manual_seed(seed)
         self.control = _Correction(dim, denoiser, num_time=features.shape[-1], width=width, generator=generator)
 
     def sample_initial(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         noise = self.space.noise((n,), like=self.initial_mean, generator=generator)
-        return self.initial_mean + self.initial_log_scale.exp() * noise
+        u = self.denoiser.sample(n, generator=generator) + self.total_noise[0] * noise
+        return self.initial_mean + self.initial_log_scale.exp() * u
 
     def log_initial(self, x: Tensor) -> Tensor:
-        return self.space.log_gaussian(x, self.initial_mean, (2.0 * self.initial_log_scale).exp())
+        u = (x - self.initial_mean) * (-self.initial_log_scale).exp()
+        return (self.denoiser.log_prob(u, self.variance[0]) - self.initial_log_scale.sum()).double()
 
     def forward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
         assert score is not None

@@ -1,0 +1,285 @@
+r"""Learned refinement of a pilot: a sampler that draws any number of independent weighted particles cheaply.
+
+1. Coordinates and a mixture in them are chosen by held-out likelihood (:mod:`diffsampler.refinement.frames`).
+2. The chain is built on that mixture's exact denoiser, with noise levels that lose the same at every step; before any
+   training it samples the mixture.
+3. The particles are renewed by the chain's own draws, resampled with weights :math:`w^\eta` (:math:`\eta` so large
+   that a quarter of the draws count) and moved by MALA, and the mixture is fitted again.
+4. Where the mixture is poor, bridge likelihood (no simulation) teaches the network the difference.
+5. The log-variance loss on fresh and replayed paths polishes.
+
+Every stage is kept only if it lowers the symmetric gap :math:`E_B[\log w] - E_F[\log w]`, the sum of the two
+Kullback-Leibler divergences between the path measures: training can stop helping but not harm.
+
+References:
+    Adaptive importance sampling in general mixture classes (Cappe, Douc, Guillin, Marin, Robert, 2008),
+    https://arxiv.org/abs/0710.4242
+    Improved sampling via learned diffusions (Richter, Berner, 2024), https://arxiv.org/abs/2307.01198
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from diffsampler.denoiser import Denoiser
+from diffsampler.estimators import effective_sample_size, systematic_resample
+from diffsampler.kernel import KernelParams
+from diffsampler.kernels.adaptation import RobbinsMonro
+from diffsampler.kernels.langevin import MALA
+from diffsampler.methods.refined import RefinedProcess
+from diffsampler.objective import BridgeLikelihood, LogVariance, Objective
+from diffsampler.refinement.frames import Frame, candidate_frames, choose_frame
+from diffsampler.refinement.mixture_fit import choose_denoiser, tuned_levels
+from diffsampler.sampler import DiffusionSampler
+from diffsampler.target import Target
+from diffsampler.trajectory import simulate, simulate_backward
+
+__all__ = ["Quality", "Refinement", "refine", "tempering_exponent"]
+
+NUM_STEPS = 32
+LOCAL_SHARE = 0.35
+"""Smallest noise level relative to the target's smallest local scale."""
+NOISE_MAX = 1.0
+"""Largest noise level in units of the target's standard deviation; the chain starts at the smoothed mixture."""
+CHECK_PATHS = 1024
+RENEWED = 8192
+RENEWALS = 2
+MOVES = 4
+SMALL_GAP = 0.02
+"""Symmetric gap in nats below which nothing is left to learn."""
+LARGE_GAP = 1.0
+"""Symmetric gap above which the mixture is poor and simulation-free training comes first."""
+BRIDGE_SHARE, BRIDGE_COUNT, BRIDGE_RATE = 0.5, 300, 2e-3
+POLISH_COUNT, POLISH_RATE = 60, 5e-4
+BATCH = 256
+
+
+class Quality(NamedTuple):
+    """How far the forward and backward path laws are apart."""
+
+    gap: float
+    """``E_B[log w] - E_F[log w]``, nats; infinite where it cannot be computed."""
+    ess: float
+    """Effective sample size of forward draws, a fraction."""
+
+
+@final
+class Refinement:
+    """The chain that is being refined, its coordinates and its bank of particles.
+
+    Arguments:
+        frame: Coordinates.
+        denoiser: Of the mixture fitted in them.
+        bank: Equally weighted particles in the frame's coordinates, shape ``(n, D)``, float64.
+        generator: Source of all randomness.
+        dtype: Arithmetic of the process.
+    """
+
+    def __init__(
+        self, frame: Frame, denoiser: Denoiser, bank: Tensor, *, generator: torch.Generator, dtype: torch.dtype
+    ) -> None:
+        self.frame = frame
+        self.generator = generator
+        self.dtype = dtype
+        order = torch.randperm(bank.shape[0], generator=generator, device=bank.device)
+        held = max(64, bank.shape[0] // 8)
+        # Held-out particles judge every stage; they are renewed with the bank but never trained on.
+        self.held, self.bank = bank[order[:held]], bank[order[held:]]
+        self.local_scale = _local_scale(frame.standard, self.bank)
+        self.sampler = self._build(denoiser)
+        self.quality = self.judge(self.sampler)
+        self.history: list[dict[str, float]] = []
+        self.stages: list[str] = []
+
+    def _seed(self) -> int:
+        return int(torch.randint(2**31, (), generator=self.generator, device=self.generator.device))
+
+    def _build(self, denoiser: Denoiser) -> DiffusionSampler:
+        low = LOCAL_SHARE * float(self.local_scale.min().clamp(0.01, 1.0))
+        # Closed forms of the mixture in single precision are what the chain will use: the schedule sees the same.
+        schedule = tuned_levels(
+            denoiser.float(), NUM_STEPS, noise_min=low, noise_max=NOISE_MAX, generator=self.generator
+        )
+        process = RefinedProcess(self.frame.standard.dim, schedule, denoiser, seed=self._seed())
+        sampler = DiffusionSampler(self.frame.standard, process)
+        return sampler.to(device=self.bank.device, dtype=self.dtype)
+
+    def judge(self, sampler: DiffusionSampler) -> Quality:
+        """Symmetric gap and effective sample size on fresh paths and held-out particles."""
+        process, target = sampler.process, sampler.target
+        forward = simulate(process, target, CHECK_PATHS, generator=self.generator).log_weight
+        index = torch.randint(self.held.shape[0], (CHECK_PATHS,), generator=self.generator, device=self.held.device)
+        ends = self.held[index].to(self.dtype)
+        backward = simulate_backward(process, target, ends, generator=self.generator).log_weight
+        gap = float(backward.mean() - forward.mean())
+        if not math.isfinite(gap):
+            return Quality(math.inf, 0.0)
+        return Quality(gap, effective_sample_size(forward) / CHECK_PATHS)
+
+    def renew(self, *, refit: bool) -> None:
+        """Renew the bank by the chain's own draws; ``refit`` also fits the mixture again and starts a new chain."""
+        particles = self.sampler.sample(RENEWED, seed=self._seed())
+        exponent = tempering_exponent(particles.log_weight)
+        index = systematic_resample(exponent * particles.log_weight, generator=self.generator)
+        points = _move(self.frame.standard, particles.x[index].double(), self.local_scale, self.generator)
+        order = torch.randperm(points.shape[0], generator=self.generator, device=points.device)
+        points = points[order]
+        if exponent < 0.95:
+            # Tempered weights leave half of the chain's own error in; older particles do not share it.
+            old = torch.cat([self.held, self.bank])
+            pick = torch.randint(old.shape[0], (RENEWED // 2,), generator=self.generator, device=old.device)
+            points = torch.cat([points, old[pick]])
+            points = points[torch.randperm(points.shape[0], generator=self.generator, device=points.device)]
+        held = points.shape[0] // 8
+        self.held, self.bank = points[:held], points[held:]
+        self.quality = self.judge(self.sampler)
+        if refit:
+            half = self.bank.shape[0] // 2
+            denoiser, _ = choose_denoiser(self.bank[:half], self.bank[half:], generator=self.generator)
+            new = self._build(denoiser)
+            self._keep_better(new, "mixture")
+
+    def _keep_better(self, new: DiffusionSampler, stage: str) -> bool:
+        quality = self.judge(new)
+        better = quality.gap < self.quality.gap
+        if better:
+            self.sampler, self.quality = new, quality
+        self.stages.append(f"{stage}: gap {quality.gap:.3g}{'' if better else ' (not kept)'}")
+        return better
+
+    def train(
+        self,
+        objective: Objective,
+        *,
+        steps: int,
+        rate: float,
+        spent: Callable[[], float],
+        callback: Callable[[dict[str, float]], None],
+    ) -> bool:
+        """Train a stage; the parameters go back to where they were if it did not help."""
+        sampler = self.sampler
+        before = {name: value.clone() for name, value in sampler.process.state_dict().items()}
+        sampler.objective = objective
+        sampler.fit(
+            steps=steps,
+            batch_size=BATCH,
+            learning_rate=rate,
+            seed=self._seed(),
+            bank=self.bank,
+            spent=spent,
+            callback=callback,
+        )
+        self.history += sampler.history
+        sampler.history = self.history
+        better = self._keep_better(sampler, type(objective).__name__)
+        if not better:
+            sampler.process.load_state_dict(before)
+        return better
+
+
+def tempering_exponent(log_weight: Tensor, *, share: float = 0.25) -> float:
+    r"""Largest :math:`\eta \le 1` whose weights :math:`w^\eta` have an effective sample size of ``share`` of all."""
+    log_weight = log_weight.double()
+    wanted = share * log_weight.shape[0]
+    if effective_sample_size(log_weight) >= wanted:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        enough = effective_sample_size(middle * log_weight) >= wanted
+        low, high = (middle, high) if enough else (low, middle)
+    return low
+
+
+def _local_scale(target: Target, points: Tensor) -> Tensor:
+    """Scale of the density about its particles, by the inverse size of the score, shape ``(D,)``."""
+    return 1.0 / target.score(points).double().square().mean(0).sqrt()
+
+
+def _move(target: Target, x: Tensor, scale: Tensor, generator: torch.Generator) -> Tensor:
+    """A few Metropolis-adjusted Langevin moves, which take duplicates apart."""
+    kernel = MALA(target.space)
+    search = RobbinsMonro(kernel.target_acceptance)
+    step = search.init(0.5 * target.dim ** (-1.0 / 3.0))
+    state = kernel.init(x, target.log_prob_and_score)
+    for _ in range(MOVES):
+        params = KernelParams(x.new_tensor(search.step_size(step)), scale)
+        state, info = kernel.step(state, target.log_prob_and_score, params, generator)
+        step = search.update(step, float(info.acceptance.mean()))
+    return state.x
+
+
+def refine(
+    target: Target,
+    x: Tensor,
+    *,
+    transport: Any,
+    centres: Tensor | None,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    steps: int | None,
+    limited: bool,
+    spent: Callable[[], float],
+    callback: Callable[[dict[str, float]], None],
+    start: Callable[[str, int | None], None],
+) -> tuple[Refinement, dict[str, Any]]:
+    """Refine a pilot's equally weighted particles ``x (n, D)`` on Euclidean space.
+
+    Arguments:
+        target: The density.
+        x: Particles, float64.
+        transport: The pilot's map, or None.
+        centres: Known modes, shape ``(M, D)``, or None.
+        generator: Source of randomness.
+        dtype: Arithmetic of the process.
+        steps: Gradient steps in all; None leaves the choice to the stages.
+        limited: Whether ``spent`` ever reaches 1.
+        spent: Share of the budget that is used up.
+        callback: Called with every entry of the training history.
+        start: Called with the name of a stage and its number of steps.
+    """
+    start("choosing coordinates", None)
+    frames = candidate_frames(target, transport, x, generator=generator)
+    frame, denoiser, likelihoods = choose_frame(frames, x, centres, generator=generator)
+    work = Refinement(frame, denoiser, frame.to_frame(x), generator=generator, dtype=dtype)
+    work.stages.append(f"mixture: gap {work.quality.gap:.3g}")
+    for number in range(RENEWALS):
+        if work.quality.gap < SMALL_GAP or spent() > 0.2 * (number + 1):
+            break
+        start("renewing particles", None)
+        work.renew(refit=True)
+    first = spent()
+    poor = work.quality.gap > LARGE_GAP
+    bridge_steps = BRIDGE_COUNT if steps is None else max(1, steps // 2)
+    polish_steps = POLISH_COUNT if steps is None else max(1, steps - (bridge_steps if poor else 0))
+    if limited and steps is None:
+        bridge_steps = polish_steps = 1_000_000
+    if poor and first < 1.0:
+        for share in (0.5 * BRIDGE_SHARE, BRIDGE_SHARE):
+            start("simulation-free training", None if limited else bridge_steps)
+            until = _until(spent, first + share * (1.0 - first))
+            work.train(BridgeLikelihood(), steps=bridge_steps, rate=BRIDGE_RATE, spent=until, callback=callback)
+            work.renew(refit=False)
+    if (limited or steps is not None or work.quality.gap > SMALL_GAP) and spent() < 1.0:
+        start("polishing", None if limited else polish_steps)
+        until = _until(spent, 1.0)
+        work.train(LogVariance(), steps=polish_steps, rate=POLISH_RATE, spent=until, callback=callback)
+    choices = {
+        "coordinates": frame.name,
+        "held_out_log_likelihood": likelihoods,
+        "mixture": f"{type(work.sampler.process.denoiser).__name__} of {work.sampler.process.denoiser.components}",  # type: ignore[union-attr]
+        "stages": work.stages,
+        "gap": work.quality.gap,
+        "num_steps": NUM_STEPS,
+    }
+    return work, choices
+
+
+def _until(spent: Callable[[], float], share: float) -> Callable[[], float]:
+    first = spent()
+    return lambda: (spent() - first) / max(share - first, 1e-9)
