@@ -2,9 +2,12 @@ import math
 
 import pytest
 import torch
+
+from diffsampler.pilot.frame import joint_diagonalise, separating_frame
 from diffsampler.pilot.profile import drivers, laplace_profile, profile_from_draws
 from diffsampler.pilot.reference import student_t
-from diffsampler.pilot.transport import AffineMap, PulledBack, Pushforward, TriangularMap, fit_affine
+from diffsampler.pilot.search import multistart
+from diffsampler.pilot.transport import AffineMap, Composed, PulledBack, Pushforward, TriangularMap, fit_affine
 from diffsampler.pilot.transport_fit import fit_transport, fit_triangular, fitted_log_prob
 from diffsampler.target import Target
 
@@ -36,7 +39,9 @@ def banana_draws(n, *, seed=0):
 
 
 def maps():
+    outer = AffineMap(normal(5), normal(5, 5, seed=1) + 3.0 * torch.eye(5, dtype=torch.float64))
     return {
+        "composed": Composed(outer, fit_triangular(funnel_draws(1500))),
         "affine": AffineMap(normal(3), normal(3, 3, seed=1) + 3.0 * torch.eye(3, dtype=torch.float64)),
         "funnel": fit_triangular(funnel_draws(1500)),
         "banana": fit_triangular(banana_draws(1500)),
@@ -46,7 +51,7 @@ def maps():
 @pytest.mark.parametrize("name", maps())
 def test_round_trip_determinant_and_score(name):
     transport = maps()[name]
-    dim = 3 if name == "affine" else 5 if name == "funnel" else 2
+    dim = {"affine": 3, "funnel": 5, "composed": 5, "banana": 2}[name]
     z = 1.5 * normal(6, dim, seed=5)
     x, log_det = transport(z)
     torch.testing.assert_close(transport.inverse(x), z, rtol=1e-9, atol=1e-9)
@@ -73,9 +78,10 @@ def test_heavy_tails_alone_stay_affine_or_do_no_harm():
     fresh = student_t(torch.zeros(6), torch.ones(6), df=3.0).sample(3000, generator=generator(1))
     transport = fit_transport(x[:1500], x[1500:])
     affine = fit_affine(x[:1500])
-    assert float(fitted_log_prob(transport, fresh, df=4.0).mean()) > float(
-        fitted_log_prob(affine, fresh, df=4.0).mean()
-    ) - 0.1
+    assert (
+        float(fitted_log_prob(transport, fresh, df=4.0).mean())
+        > float(fitted_log_prob(affine, fresh, df=4.0).mean()) - 0.1
+    )
 
 
 def test_funnel_is_straightened():
@@ -138,7 +144,40 @@ def test_profile_log_mass_is_exact_for_gaussians():
     grid = torch.linspace(-1.0, 1.0, 9, dtype=torch.float64)
     start = normal(9, 3, seed=2)
     profile = laplace_profile(target, 0, grid, start, torch.ones(9, 2, dtype=torch.float64))
-    torch.testing.assert_close(profile.log_mass, -2.0 * grid.square() + math.log(2.0 * math.pi / 4.0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        profile.log_mass, -2.0 * grid.square() + math.log(2.0 * math.pi / 4.0), rtol=0, atol=1e-6
+    )
+
+
+def wells(x):
+    return (-x[:, ::2].pow(4) + 6.0 * x[:, ::2].square() + 0.5 * x[:, ::2]).sum(-1) - 0.5 * x[:, 1::2].square().sum(-1)
+
+
+def test_frame_undoes_a_linear_mixing():
+    mixing = normal(6, 6, seed=8) + 2.0 * torch.eye(6, dtype=torch.float64)
+    inverse = torch.linalg.inv(mixing)
+    target = Target.from_log_prob(lambda x: wells(x @ inverse.mT), dim=6)
+    fits = multistart(target, num_starts=40, generator=generator()).good().distinct()
+    frame = separating_frame(target, fits)
+    # Every well coordinate of the truth is one coordinate of the frame, up to scale.
+    rows = (inverse @ frame.matrix)[::2].abs()
+    top = rows.sort(-1, descending=True).values
+    assert float((top[:, 1] / top[:, 0]).max()) < 0.01
+
+
+def test_no_frame_where_the_axes_serve_or_none_exists():
+    for log_prob, dim in ((wells, 6), (funnel_log_prob, 5)):
+        target = Target.from_log_prob(log_prob, dim=dim)
+        fits = multistart(target, num_starts=40, generator=generator()).good().distinct()
+        assert separating_frame(target, fits) is None
+
+
+def test_joint_diagonalisation_of_commuting_matrices():
+    rotation = torch.linalg.qr(normal(5, 5, seed=2))[0]
+    matrices = rotation @ torch.diag_embed(normal(7, 5, seed=3)) @ rotation.mT
+    found = joint_diagonalise(matrices)
+    rest = found.mT @ matrices @ found
+    assert float((rest - torch.diag_embed(rest.diagonal(dim1=-2, dim2=-1))).abs().max()) < 1e-9
 
 
 def test_errors():

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -24,6 +25,7 @@ from diffsampler.estimators import Estimate, systematic_resample
 from diffsampler.particles import Particles
 from diffsampler.pilot.checks import drift, judge
 from diffsampler.pilot.density_fits import fit_product
+from diffsampler.pilot.frame import separating_frame
 from diffsampler.pilot.guide import Guide, Knowledge, first_guide, prior_guide, refit_guide, wide_law
 from diffsampler.pilot.improper import probe_tails
 from diffsampler.pilot.manifold import choose_reference
@@ -31,6 +33,7 @@ from diffsampler.pilot.modes import ModeSet, SearchReport, search_modes
 from diffsampler.pilot.record import Meter, Pass, PilotResult
 from diffsampler.pilot.reference import EllipticalMixture
 from diffsampler.pilot.search import MeanFieldFits, multistart, spread_over
+from diffsampler.pilot.transport import AffineMap, Composed, PulledBack, TransportMap
 from diffsampler.smc import SMCResult, smc
 from diffsampler.space import Euclidean
 from diffsampler.target import CountedTarget, Target
@@ -85,12 +88,19 @@ class Pilot:
         tails = probe_tails(counted, fits, generator=generator)
         if tails.improper:
             return _refused(fits, tails.describe(), meter)
+        frame = separating_frame(counted, fits)
+        working: Target = counted
+        if frame is not None:
+            tell("variational search in a separating frame")
+            working = PulledBack(counted, frame)
+            prior = None if prior is None else PulledBack(prior, frame)
+            fits = self._fits(working, meter, generator)
         tell("mode search")
-        modes, report = self._modes(counted, fits, meter, generator)
-        knowledge = _knowledge(counted, fits, modes, report, prior, generator)
-        passes, settled = self._passes(counted, knowledge, meter, generator, tell)
+        modes, report = self._modes(working, fits, meter, generator)
+        knowledge = _knowledge(working, fits, modes, report, prior, generator)
+        passes, settled = self._passes(working, knowledge, meter, generator, tell)
         tell("last pass")
-        return self._last(counted, knowledge, passes, report, meter, generator, settled=settled)
+        return self._last(counted, knowledge, passes, report, meter, generator, settled=settled, frame=frame)
 
     def _fits(self, target: Target, meter: Meter, generator: torch.Generator) -> MeanFieldFits:
         num_starts, steps = 80, 250
@@ -209,6 +219,7 @@ class Pilot:
         generator: torch.Generator,
         *,
         settled: bool,
+        frame: AffineMap | None = None,
     ) -> PilotResult:
         last = passes[-1]
         guide, adaptive = last.guide, last.result
@@ -235,6 +246,10 @@ class Pilot:
             report=report,
             settled=settled,
         )
+        centres = raw.x.new_zeros(0, target.dim) if modes is None else modes.centre
+        if frame is not None:
+            centres = frame(centres)[0]
+            particles = replace(particles, x=frame(particles.x)[0])
         x, weight = particles.x, torch.softmax(particles.log_weight, 0).unsqueeze(-1)
         mean = (weight * x).sum(0)
         return PilotResult(
@@ -242,14 +257,14 @@ class Pilot:
             passes=tuple(p.result.particles.log_normalizer for p in passes),
             location=mean,
             scale=(weight * (x - mean).square()).sum(0).sqrt(),
-            modes=x.new_zeros(0, x.shape[1]) if modes is None else modes.centre,
+            modes=centres,
             search=report,
             reference=guide.reference,
-            transport=guide.transport,
+            transport=_composed(frame, guide.transport),
             findings=tuple(findings),
             evaluations=target.evaluations,
             seconds=meter.elapsed(),
-            choices=_choices(len(passes), guide, final, prior=knowledge is not None and knowledge.prior is not None),
+            choices=_choices(passes, guide, final, knowledge) | {"separating_frame": frame is not None},
         )
 
     def _affordable(self, adaptive: SMCResult, cost: float, meter: Meter) -> int:
@@ -273,18 +288,22 @@ def agree(estimates: list[Estimate]) -> bool:
     return not climbing
 
 
-def _choices(num_passes: int, guide: Guide, final: SMCResult, *, prior: bool) -> dict[str, Any]:
+def _composed(frame: AffineMap | None, transport: TransportMap | None) -> TransportMap | None:
+    return transport if frame is None or transport is None else Composed(frame, transport)
+
+
+def _choices(passes: list[Pass], guide: Guide, final: SMCResult, knowledge: Knowledge | None) -> dict[str, Any]:
     """Everything that was chosen, as plain values."""
     return {
         "num_particles": len(final.particles),
         "num_islands": final.particles.replicates,
-        "num_passes": num_passes,
+        "num_passes": len(passes),
         "betas": list(final.schedule.betas),
         "step_sizes": list(final.schedule.step_sizes),
         "num_moves": list(final.schedule.num_moves),
         "transport": type(guide.transport).__name__,
         "reference": guide.weights,
-        "prior": prior,
+        "prior": knowledge is not None and knowledge.prior is not None,
     }
 
 

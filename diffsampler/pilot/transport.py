@@ -31,7 +31,7 @@ from torch.nn.functional import softplus
 from diffsampler.space import Euclidean
 from diffsampler.target import Target
 
-__all__ = ["AffineMap", "PulledBack", "Pushforward", "TransportMap", "TriangularMap", "fit_affine"]
+__all__ = ["AffineMap", "Composed", "PulledBack", "Pushforward", "TransportMap", "TriangularMap", "fit_affine"]
 
 # The log-scale saturates smoothly here, so that a far-away z never overflows.
 LARGEST_LOG_SCALE = 12.0
@@ -181,6 +181,27 @@ class TriangularMap(TransportMap):
         slope = 1.5 * sigmoid * (1.0 - sigmoid)
         first = slope * (gate + (gated * z).sum(-1, keepdim=True))
         return torch.cat([grad[..., :1] + first, grad[..., 1:]], -1)
+
+
+@final
+class Composed(TransportMap):
+    """``outer(inner(z))``."""
+
+    def __init__(self, outer: TransportMap, inner: TransportMap) -> None:
+        super().__init__()
+        self.outer = outer
+        self.inner = inner
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        y, first = self.inner(z)
+        x, second = self.outer(y)
+        return x, first + second
+
+    def inverse(self, x: Tensor) -> Tensor:
+        return self.inner.inverse(self.outer.inverse(x))
+
+    def pull_score(self, z: Tensor, score: Tensor) -> Tensor:
+        return self.inner.pull_score(z, self.outer.pull_score(self.inner(z)[0], score))
 
 
 @final
