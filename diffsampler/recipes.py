@@ -228,7 +228,7 @@ def _until(spent: Callable[[], float], share: float) -> Callable[[], float]:
 def _last_steps(history: list[dict[str, float]]) -> list[float]:
     """Number of steps of each phase: the last entry before the count starts anew."""
     steps = [entry["step"] for entry in history]
-    return [s for s, after in zip(steps, [*steps[1:], 0], strict=True) if after <= s]
+    return [s for s, after in zip(steps, [*steps[1:], 0], strict=False) if after <= s]
 
 
 def _standard(target: Target, z: Tensor) -> AffineTarget:
