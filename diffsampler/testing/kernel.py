@@ -21,8 +21,8 @@ def check_kernel(
     r"""Check that a kernel keeps the promises of :class:`~diffsampler.kernel.Kernel`.
 
     On a standard Gaussian (on a torus: von Mises angles) started from exact draws. Always: shapes and dtypes, a state
-    that agrees with the density, seeds, chains that do not see each other, refusal of non-finite proposals, and path
-    weights of ``Info.log_ratio`` with mean one. For exact kernels: the law stays.
+    that agrees with the density, seeds, refusal of non-finite proposals, and path weights of ``Info.log_ratio`` with
+    mean one. For exact kernels: the ratio is that of the densities, and the law stays.
 
     Arguments:
         kernel: The kernel.
@@ -54,6 +54,11 @@ def check_kernel(
     require(z < limit, f"Expected path weights of mean one; got {weight.mean().item():.4f} ({z:.1f} standard errors).")
     done = ["steps", "refusal", "path weights"]
     if kernel.exact:
+        # Reversed under its own law, the ratio is that of the densities: nothing is random in the path weight.
+        error = log_weight.abs().max().item()
+        require(
+            error < 1e-6, f"Expected log_ratio of an exact kernel to be log_prob(x) - log_prob(x'); {error:.2g} off."
+        )
         name = "Expected an exact kernel to keep the law of exact draws"
         require_same_law(name, moments(space, current.x), moments(space, _exact_draws(space, chains, generator)))
         done.append("invariance")

@@ -38,12 +38,12 @@ def check_sampler(sampler: Sampler, *, n: int = 4096, seed: int = 0) -> tuple[st
     target, state = sampler.target, torch.get_rng_state()
     particles, again, other = (sampler.sample(n, seed=s) for s in (seed, seed, seed + 1))
     require(torch.equal(state, torch.get_rng_state()), "Expected an explicit generator; the global one moved.")
+    _check_particles(particles, target, n)
     require(
         torch.equal(particles.x, again.x) and torch.equal(particles.log_weight, again.log_weight),
         "Expected equal seeds to give equal particles; they differ.",
     )
     require(not torch.equal(particles.x, other.x), "Expected other seeds to give other particles; they are equal.")
-    _check_particles(particles, target, n)
     done = ["seeds", "particles"]
     regular = particles.replicates > 1 or particles.pareto_k < 0.5
     if target.log_normalizer is not None and particles.has_normalizer and regular:
