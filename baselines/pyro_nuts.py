@@ -28,6 +28,8 @@ class PyroNUTS(Sampler):
         The No-U-Turn Sampler (Hoffman and Gelman, 2014), https://arxiv.org/abs/1111.4246
     """
 
+    target: PyroTarget
+
     def __init__(self, target: PyroTarget, *, num_chains: int = 4, warmup_steps: int = 500) -> None:
         if not isinstance(target, PyroTarget):
             raise TypeError(f"Expected a PyroTarget, whose model NUTS runs; got {type(target).__name__}.")

@@ -21,7 +21,7 @@ References:
 from __future__ import annotations
 
 import math
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +98,8 @@ class CMCDProcess(Process):
         self.register_buffer("scale", torch.tensor(float(scale)))
         self.prior_mean = nn.Parameter(torch.zeros(space.dim))
         self.prior_log_scale = nn.Parameter(torch.full((scales,), math.log(scale)))
-        # A mode of variance s^2 has variance s^2 / beta while annealed. Temperatures spaced evenly in log beta shrink it
-        # at an even pace, and a step of a tenth of its variance is stable and still mixes within it.
+        # A mode of variance s^2 has variance s^2 / beta while annealed. Temperatures spaced evenly in log beta shrink
+        # it at an even pace, and a step of a tenth of its variance is stable and still mixes within it.
         first = min(local_scale**2, 1.0 / (num_steps + 1))
         beta = torch.logspace(math.log10(first), 0.0, num_steps + 1, dtype=torch.float64)
         self.increments = nn.Parameter(beta.diff(prepend=beta.new_zeros(1)).log().float())
@@ -177,38 +177,10 @@ class CMCD(DiffusionSampler):
         target: The density to sample.
         num_steps: Number of steps ``K``.
         objective: The loss, log-variance by default.
-        scale: Initial standard deviation of the learned prior.
-        local_scale: Smallest scale of the target relative to ``scale``, at most 1.
-        local_steps: Whether step sizes carry a learned factor per coordinate that depends on the point.
-        width: Width of the network.
-        point_features: Random Fourier features of the point; more resolve more modes.
-        detach_score: Whether pathwise losses treat the score as a constant.
-        seed: Seed of the network's initial parameters.
+        options: As in :class:`CMCDProcess`.
     """
 
     def __init__(
-        self,
-        target: Target,
-        *,
-        num_steps: int = 64,
-        objective: Objective | None = None,
-        scale: float = 1.0,
-        local_scale: float = 0.3,
-        local_steps: bool = False,
-        width: int = 64,
-        point_features: int = 0,
-        detach_score: bool = False,
-        seed: int = 0,
+        self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
-        process = CMCDProcess(
-            target.space,
-            num_steps,
-            scale=scale,
-            local_scale=local_scale,
-            local_steps=local_steps,
-            width=width,
-            point_features=point_features,
-            detach_score=detach_score,
-            seed=seed,
-        )
-        super().__init__(target, process, objective)
+        super().__init__(target, CMCDProcess(target.space, num_steps, **options), objective)

@@ -13,7 +13,7 @@ References:
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -109,12 +109,8 @@ class DDS(DiffusionSampler):
         target: The density to sample.
         num_steps: Number of steps ``K``.
         objective: The loss, log-variance by default.
-        scale: Standard deviation of the prior; it must cover the target.
-        schedule: Variance-preserving noise schedule; cosine steps by default.
-        width: Width of the network.
-        point_features: Random Fourier features of the point; more resolve more modes.
-        detach_score: Whether pathwise losses treat the score as a constant.
-        seed: Seed of the network's initial parameters.
+        schedule: Variance-preserving noise schedule in place of ``num_steps`` cosine steps.
+        options: As in :class:`DDSProcess`.
     """
 
     def __init__(
@@ -123,20 +119,8 @@ class DDS(DiffusionSampler):
         *,
         num_steps: int = 64,
         objective: Objective | None = None,
-        scale: float = 1.0,
         schedule: NoiseSchedule | None = None,
-        width: int = 64,
-        point_features: int = 0,
-        detach_score: bool = True,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
-        process = DDSProcess(
-            target.space,
-            cosine_preserving(num_steps) if schedule is None else schedule,
-            scale=scale,
-            width=width,
-            point_features=point_features,
-            detach_score=detach_score,
-            seed=seed,
-        )
-        super().__init__(target, process, objective)
+        schedule = cosine_preserving(num_steps) if schedule is None else schedule
+        super().__init__(target, DDSProcess(target.space, schedule, **options), objective)

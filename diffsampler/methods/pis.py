@@ -16,7 +16,7 @@ References:
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -105,32 +105,10 @@ class PIS(DiffusionSampler):
         target: The density to sample.
         num_steps: Number of steps ``K``.
         objective: The loss, log-variance by default.
-        scale: Standard deviation of the uncontrolled end point; it must cover the target.
-        width: Width of the network.
-        point_features: Random Fourier features of the point; more resolve more modes.
-        detach_score: Whether pathwise losses treat the score as a constant.
-        seed: Seed of the network's initial parameters.
+        options: As in :class:`PISProcess`.
     """
 
     def __init__(
-        self,
-        target: Target,
-        *,
-        num_steps: int = 64,
-        objective: Objective | None = None,
-        scale: float = 1.0,
-        width: int = 64,
-        point_features: int = 0,
-        detach_score: bool = True,
-        seed: int = 0,
+        self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
-        process = PISProcess(
-            target.space,
-            num_steps,
-            scale=scale,
-            width=width,
-            point_features=point_features,
-            detach_score=detach_score,
-            seed=seed,
-        )
-        super().__init__(target, process, objective)
+        super().__init__(target, PISProcess(target.space, num_steps, **options), objective)
