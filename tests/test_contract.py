@@ -44,7 +44,8 @@ def fit():
 
 
 def test_names_are_exported():
-    names = "Target Euclidean MeanFree Torus Particles Estimate PIS DDS DIS CMCD Sampler sample Budget Fit Finding load pyro"
+    methods = "PIS DDS DIS CMCD Sampler sample Budget"
+    names = f"Target Euclidean MeanFree Torus Particles Estimate {methods} Fit Finding load pyro"
     assert [name for name in names.split() if not hasattr(ds, name)] == []
     assert isinstance(ds.__version__, str)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
