@@ -33,6 +33,8 @@ DEFAULT_STEPS = 1000
 """Gradient steps of a named learned method without a budget."""
 BATCH_SIZE = 512
 """Trajectories per gradient step of a learned method."""
+FEWEST_LEFT = 600_000
+"""Evaluations that must be left after the pilot for a process to be learned: less does not pay for its checks."""
 FEWEST_DRAWS = 100
 """Draws that are made even if an evaluation budget does not pay for them; fewer are no answer."""
 
@@ -334,7 +336,8 @@ def _auto(task: Task, method: str | Sampler) -> _Answer:
         raise ValueError(" ".join(f"{finding.message} {finding.remedy}" for finding in findings))
     choices: dict[str, object] = {"pilot": pilot.choices, "pilot_seconds": pilot.seconds}
     answer = _Answer(pilot.particles, "auto (pilot)", findings, choices, [])
-    if any(finding.level == "error" for finding in findings) or task.spent() > 0.8:
+    poor = budget.evaluations is not None and budget.evaluations - task.evaluations < FEWEST_LEFT
+    if poor or any(finding.level == "error" for finding in findings) or task.spent() > 0.8:
         return answer
     return _refine(task, pilot, answer)
 

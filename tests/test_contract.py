@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import diffsampler as ds
-from diffsampler import baselines, recipes, targets
+from diffsampler import baselines, targets
 
 LOG_Z = math.log(2.0 * math.pi)
 
@@ -35,12 +36,11 @@ def target():
 @pytest.fixture(scope="module")
 def fit():
     """One answer of the default method, with short training: what a fit offers is asked of it below."""
-    before = recipes.BRIDGE_STEPS, recipes.POLISH_STEPS
-    recipes.BRIDGE_STEPS, recipes.POLISH_STEPS = 20, 10
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        refine = importlib.import_module("diffsampler.refinement.refine")
+        patch.setattr(refine, "BRIDGE_COUNT", 20)
+        patch.setattr(refine, "POLISH_COUNT", 10)
         return ds.sample(ds.Target.from_log_prob(lambda x: -energy(x), dim=2), num_samples=4000, seed=0)
-    finally:
-        recipes.BRIDGE_STEPS, recipes.POLISH_STEPS = before
 
 
 def test_names_are_exported():

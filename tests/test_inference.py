@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import os
 import subprocess
@@ -19,6 +20,7 @@ from diffsampler import baselines, inference, recipes, targets
 from diffsampler.estimators import Estimate
 from diffsampler.pilot import PilotResult
 
+refine = importlib.import_module("diffsampler.refinement.refine")
 LOG_Z = math.log(2.0 * math.pi)
 
 
@@ -35,6 +37,8 @@ def small(monkeypatch):
     """Short training and a short search: the front door is tested here, not the accuracy of its parts."""
     monkeypatch.setattr(recipes, "BRIDGE_STEPS", 20)
     monkeypatch.setattr(recipes, "POLISH_STEPS", 10)
+    monkeypatch.setattr(refine, "BRIDGE_COUNT", 20)
+    monkeypatch.setattr(refine, "POLISH_COUNT", 10)
     monkeypatch.setattr(recipes, "multistart", functools.partial(recipes.multistart, num_starts=6, steps=60))
     monkeypatch.setattr(inference, "MIN_PARTICLES", 1024)
     for module, name in ((recipes, "REFINED_BATCH"), (inference, "REFINED_BATCH"), (inference, "BATCH_SIZE")):

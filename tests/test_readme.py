@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from diffsampler import recipes
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -30,8 +29,9 @@ def test_blocks_are_found():
 def test_examples_run(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # The pilot alone meets what the examples assert; training at full length belongs to the benchmarks.
-    monkeypatch.setattr(recipes, "BRIDGE_STEPS", 40)
-    monkeypatch.setattr(recipes, "POLISH_STEPS", 20)
+    refine = importlib.import_module("diffsampler.refinement.refine")
+    monkeypatch.setattr(refine, "BRIDGE_COUNT", 40)
+    monkeypatch.setattr(refine, "POLISH_COUNT", 20)
     examples = blocks(README.read_text())
     assert examples, "the README has no example"
     # What a module would have: torch and Pyro look up the names of functions in it.
