@@ -12,8 +12,9 @@ from diffsampler.denoiser import MixtureDenoiser, ProductDenoiser, UnitDenoiser
 from diffsampler.estimators import effective_sample_size, importance_log_normalizer
 from diffsampler.methods.refined import RefinedProcess
 from diffsampler.refinement import refine
-from diffsampler.refinement.frames import candidate_frames, choose_frame, make_frame
+from diffsampler.refinement.frames import candidate_frames, make_frame, rank_frames
 from diffsampler.refinement.mixture_fit import choose_denoiser, fit_product_mixture, step_losses, tuned_levels
+from diffsampler.refinement.profiles import profile_draws
 from diffsampler.refinement.refine import tempering_exponent
 from diffsampler.refinement.separation import hessians, separating_map
 from diffsampler.sampler import DiffusionSampler
@@ -216,13 +217,36 @@ def test_coordinates_are_chosen_by_held_out_likelihood():
     target = targets.ManyWell(6, rotation_seed=3)
     x = target.sample(3000, generator=g).double()
     frames = candidate_frames(target, None, x, generator=g)
-    frame, denoiser, values = choose_frame(frames, x, None, generator=g)
-    assert frame.name == "separating" and isinstance(denoiser, ProductDenoiser)
-    assert values["separating"] > values["diagonal"] + 0.1
+    plain, turned = rank_frames(frames, x, None, generator=g)
+    frame = turned.frame
+    assert frame.name == "separating" and isinstance(turned.denoiser, ProductDenoiser)
+    assert turned.value > plain.value + 0.1
     z = frame.to_frame(x[:50])
     assert torch.allclose(frame.to_original(z), x[:50], atol=1e-9)
     # The same normalizing constant in all coordinates: log rho(x) + log |dx/dz|.
     assert torch.allclose(frame.standard.log_prob(z), target.log_prob(x[:50]) + frame.log_volume(z), atol=1e-9)
+
+
+def test_profiles_show_wells_that_no_particle_visited():
+    g = torch.Generator().manual_seed(0)
+    target = targets.ManyWell(6)
+    x = profile_draws(target, torch.full((6,), 1.0).double(), 20000, generator=g)
+    # Five standard errors of a share of .844 among 20,000 draws, three pairs: false alarms 2e-6.
+    assert bool(((target.right_well_mass(x) - target.right_mass).abs() < 5.0 * 0.363 / 20000**0.5).all())
+    assert abs(float(x[:, 1].var()) - 1.0) < 5.0 * (2.0 / 20000) ** 0.5
+
+
+def test_refinement_finds_hidden_wells_and_only_where_there_are_some():
+    target = targets.ManyWell(4)
+    x = target.sample(4096, generator=torch.Generator().manual_seed(5)).double()
+    lost = x[x[:, 0] > 0]
+    work, choices = run_refinement(target, lost, steps=2)
+    assert any("no particle visited" in stage for stage in choices["stages"])
+    particles = work.sampler.sample(4000, seed=1)
+    estimate = importance_log_normalizer(particles.log_weight)
+    assert abs(estimate.value - target.log_normalizer) < 5.0 * estimate.std_error + 1e-3
+    _, choices = run_refinement(target, x, steps=2)
+    assert not any("no particle visited" in stage for stage in choices["stages"])
 
 
 def test_a_frame_needs_spread():

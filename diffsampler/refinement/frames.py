@@ -13,10 +13,8 @@ from diffsampler.refinement.mixture_fit import choose_denoiser
 from diffsampler.refinement.separation import separating_map
 from diffsampler.target import AffineTarget, Target
 
-__all__ = ["Frame", "candidate_frames", "choose_frame"]
+__all__ = ["Frame", "Ranked", "candidate_frames", "make_frame", "rank_frames"]
 
-MARGIN = 0.01
-"""What less plain coordinates must gain in held-out log likelihood, in nats."""
 SEPARATION_POINTS = 64
 
 
@@ -87,29 +85,32 @@ def candidate_frames(
     return frames
 
 
-def choose_frame(
+class Ranked(NamedTuple):
+    """A frame, the denoiser of the mixture fitted in it, and the mixture's held-out log likelihood."""
+
+    frame: Frame
+    denoiser: Denoiser
+    value: float
+
+
+def rank_frames(
     frames: list[Frame], x: Tensor, centres: Tensor | None, *, generator: torch.Generator | None = None
-) -> tuple[Frame, Denoiser, dict[str, float]]:
-    """The frame whose mixture predicts held-out particles best, that mixture's denoiser, and all likelihoods.
+) -> list[Ranked]:
+    """Fit a mixture in every frame and judge it by held-out particles, in the target's own units.
 
     Arguments:
-        frames: Candidates, the plainest first.
+        frames: Candidates.
         x: Particles, shape ``(n, D)``; the second half is held out.
         centres: Known modes, shape ``(M, D)``, or None.
         generator: Source of randomness.
     """
-    best: tuple[Frame, Denoiser] | None = None
-    values: dict[str, float] = {}
     half = x.shape[0] // 2
+    ranked = []
     for frame in frames:
         z = frame.to_frame(x)
         modes = None if centres is None else frame.to_frame(centres)
         if modes is not None and not bool(modes.isfinite().all()):
             modes = None
         denoiser, value = choose_denoiser(z[:half], z[half:], centres=modes, generator=generator)
-        value -= float(frame.log_volume(z[half:]).mean())
-        if best is None or value > max(values.values()) + MARGIN:
-            best = (frame, denoiser)
-        values[frame.name] = value
-    assert best is not None
-    return *best, values
+        ranked.append(Ranked(frame, denoiser, value - float(frame.log_volume(z[half:]).mean())))
+    return ranked

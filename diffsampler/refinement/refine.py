@@ -27,14 +27,16 @@ import torch
 from torch import Tensor
 
 from diffsampler.denoiser import Denoiser
-from diffsampler.estimators import effective_sample_size, systematic_resample
+from diffsampler.estimators import effective_sample_size, importance_log_normalizer, systematic_resample
 from diffsampler.kernel import KernelParams
 from diffsampler.kernels.adaptation import RobbinsMonro
 from diffsampler.kernels.langevin import MALA
 from diffsampler.methods.refined import RefinedProcess
 from diffsampler.objective import BridgeLikelihood, LogVariance, Objective
-from diffsampler.refinement.frames import Frame, candidate_frames, choose_frame
-from diffsampler.refinement.mixture_fit import choose_denoiser, tuned_levels
+from diffsampler.pilot.transport import TransportMap
+from diffsampler.refinement.frames import Frame, candidate_frames, make_frame, rank_frames
+from diffsampler.refinement.mixture_fit import PRODUCT_SIZES, choose_denoiser, fit_product_mixture, tuned_levels
+from diffsampler.refinement.profiles import profile_draws
 from diffsampler.sampler import DiffusionSampler
 from diffsampler.target import Target
 from diffsampler.trajectory import simulate, simulate_backward
@@ -52,6 +54,8 @@ RENEWALS = 2
 MOVES = 4
 SMALL_GAP = 0.02
 """Symmetric gap in nats below which nothing is left to learn."""
+NEAR_TIE = 0.1
+"""Held-out log likelihoods this close, in nats, do not decide between coordinates."""
 LARGE_GAP = 1.0
 """Symmetric gap above which the mixture is poor and simulation-free training comes first."""
 BRIDGE_SHARE, BRIDGE_COUNT, BRIDGE_RATE = 0.5, 300, 2e-3
@@ -218,7 +222,7 @@ def refine(
     target: Target,
     x: Tensor,
     *,
-    transport: Any,
+    transport: TransportMap | None,
     centres: Tensor | None,
     generator: torch.Generator,
     dtype: torch.dtype,
@@ -244,10 +248,9 @@ def refine(
         start: Called with the name of a stage and its number of steps.
     """
     start("choosing coordinates", None)
-    frames = candidate_frames(target, transport, x, generator=generator)
-    frame, denoiser, likelihoods = choose_frame(frames, x, centres, generator=generator)
-    work = Refinement(frame, denoiser, frame.to_frame(x), generator=generator, dtype=dtype)
+    work, likelihoods = _first_chain(target, x, transport, centres, generator=generator, dtype=dtype)
     work.stages.append(f"mixture: gap {work.quality.gap:.3g}")
+    work = _with_hidden_wells(target, x, work)
     for number in range(RENEWALS):
         if work.quality.gap < SMALL_GAP or spent() > 0.2 * (number + 1):
             break
@@ -270,7 +273,7 @@ def refine(
         until = _until(spent, 1.0)
         work.train(LogVariance(), steps=polish_steps, rate=POLISH_RATE, spent=until, callback=callback)
     choices = {
-        "coordinates": frame.name,
+        "coordinates": work.frame.name,
         "held_out_log_likelihood": likelihoods,
         "mixture": f"{type(work.sampler.process.denoiser).__name__} of {work.sampler.process.denoiser.components}",  # type: ignore[union-attr]
         "stages": work.stages,
@@ -278,6 +281,60 @@ def refine(
         "num_steps": NUM_STEPS,
     }
     return work, choices
+
+
+def _first_chain(
+    target: Target,
+    x: Tensor,
+    transport: TransportMap | None,
+    centres: Tensor | None,
+    *,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+) -> tuple[Refinement, dict[str, float]]:
+    """The coordinates whose mixture predicts best; where several nearly tie, the one whose chain does best."""
+    ranked = rank_frames(candidate_frames(target, transport, x, generator=generator), x, centres, generator=generator)
+    highest = max(entry.value for entry in ranked)
+    best: Refinement | None = None
+    for entry in ranked:
+        if entry.value > highest - NEAR_TIE:
+            work = Refinement(entry.frame, entry.denoiser, entry.frame.to_frame(x), generator=generator, dtype=dtype)
+            # The plainest comes first and stays unless another is better by more than the noise of the gap.
+            if best is None or work.quality.gap < 0.8 * best.quality.gap - 0.005:
+                best = work
+    assert best is not None
+    return best, {entry.frame.name: entry.value for entry in ranked}
+
+
+def _with_hidden_wells(target: Target, x: Tensor, work: Refinement) -> Refinement:
+    """A chain with the wells that profiles along the axes show and the particles do not, if there are any.
+
+    Both chains estimate log Z without bias unless they miss mass, and what they miss only lowers the estimate. So a
+    significantly larger estimate is the better one.
+    """
+    if work.frame.standard.dim == 1:
+        return work
+    z = profile_draws(work.frame.standard, work.bank[0], RENEWED // 2, generator=work.generator)
+    if z is None:
+        return work
+    frame = make_frame(work.frame.name, target, work.frame.transport, work.frame.to_original(z))
+    if frame is None:
+        return work
+    bank = frame.to_frame(work.frame.to_original(z))
+    denoiser = fit_product_mixture(bank, max(PRODUCT_SIZES))
+    none = bank.new_zeros(1)
+    draws = denoiser.sample(bank.shape[0], generator=work.generator)
+    weight = (frame.standard.log_prob(draws) - denoiser.log_prob(draws, none)).double()
+    weight = torch.where(weight.isfinite(), weight, -torch.inf)
+    if effective_sample_size(weight) < 0.2 * weight.shape[0]:
+        return work
+    seen, shown = work.sampler.sample(CHECK_PATHS).log_normalizer, importance_log_normalizer(weight)
+    if not shown.value > seen.value + 4.0 * math.hypot(shown.std_error, seen.std_error) + 0.05:
+        return work
+    new = Refinement(frame, denoiser, bank, generator=work.generator, dtype=work.dtype)
+    new.stages = [*work.stages, f"wells that no particle visited, log Z + {shown.value - seen.value:.3g}"]
+    new.stages.append(f"mixture: gap {new.quality.gap:.3g}")
+    return new
 
 
 def _until(spent: Callable[[], float], share: float) -> Callable[[], float]:
