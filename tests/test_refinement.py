@@ -15,7 +15,7 @@ from diffsampler.refinement import refine
 from diffsampler.refinement.frames import candidate_frames, make_frame, rank_frames
 from diffsampler.refinement.mixture_fit import choose_denoiser, fit_product_mixture, step_losses, tuned_levels
 from diffsampler.refinement.profiles import profile_draws
-from diffsampler.refinement.refine import tempering_exponent
+from diffsampler.refinement.stages import tempering_exponent
 from diffsampler.refinement.separation import hessians, separating_map
 from diffsampler.sampler import DiffusionSampler
 from diffsampler.schedule import exploding_levels, variance_exploding

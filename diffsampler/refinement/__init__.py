@@ -1,5 +1,5 @@
 """From a pilot's particles to a learned sampler: coordinates, a fitted mixture's denoiser, training with keep-best."""
 
-from diffsampler.refinement.refine import Refinement, refine
+from diffsampler.refinement.stages import Refinement, refine
 
 __all__ = ["Refinement", "refine"]
