@@ -14,7 +14,7 @@ from diffsampler.kernel import Kernel, KernelParams, LogDensity, State
 from diffsampler.kernels.adaptation import DualAveraging, PooledVariance, reasonable_step_size, spread
 from diffsampler.particles import Particles
 from diffsampler.sampler import Sampler
-from diffsampler.target import Target
+from diffsampler.target import CountedTarget, Target
 
 __all__ = ["ChainSampler", "Warmup", "bulk_effective_sample_size"]
 
@@ -71,6 +71,7 @@ class ChainSampler(Sampler):
         if step_size is not None and not step_size > 0.0:
             raise ValueError(f"Expected step_size to be positive; got {step_size}.")
         self.target = target
+        self._counted = CountedTarget(target)
         self.num_chains = num_chains
         self.warmup = warmup
         self.thin = thin
@@ -89,10 +90,15 @@ class ChainSampler(Sampler):
         """The exact transition that adaptation listens to."""
         return self.kernel
 
+    @property
+    def evaluations(self) -> int:
+        """Points at which the target's density and gradient were computed so far, warm-up included."""
+        return self._counted.evaluations
+
     def sample(self, n: int, *, seed: int = 0) -> Particles:
         """Draw at least ``n`` points, ``ceil(n / num_chains)`` from each chain, chain after chain."""
         generator = torch.Generator().manual_seed(seed)
-        log_density = self.target.log_prob_and_score
+        log_density = self._counted.log_prob_and_score
         start = self.warmup_kernel.init(self._start(generator), log_density)
         if not bool((start.log_prob.isfinite() & start.score.isfinite().all(-1)).all()):
             bad = start.x[~(start.log_prob.isfinite() & start.score.isfinite().all(-1))][0]

@@ -13,7 +13,7 @@ from diffsampler.particles import Particles
 from diffsampler.sampler import Sampler
 from diffsampler.smc import smc
 from diffsampler.space import Space
-from diffsampler.target import Target
+from diffsampler.target import CountedTarget, Target
 from diffsampler.tempering import TemperedPath
 
 __all__ = ["SMC", "GaussianReference"]
@@ -90,7 +90,8 @@ class SMC(Sampler):
         if reference is None:
             raise ValueError("Expected reference or reference_scale for a target without a prior; got neither.")
         self.target = target
-        self.path = TemperedPath(reference, target)
+        self._counted = CountedTarget(target)
+        self.path = TemperedPath(reference, self._counted)
         self.kernel = kernel
         self.num_islands = num_islands
         self.two_pass = two_pass
@@ -98,6 +99,11 @@ class SMC(Sampler):
         self.num_moves = num_moves
         self.step_size = step_size
         self.dtype = dtype
+
+    @property
+    def evaluations(self) -> int:
+        """Points at which the target's density and gradient were computed so far, warm-up included."""
+        return self._counted.evaluations
 
     def sample(self, n: int, *, seed: int = 0) -> Particles:
         """Draw ``n`` weighted particles, rounded up to a multiple of ``num_islands``.

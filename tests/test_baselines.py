@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffsampler import baselines
+from diffsampler import baselines, targets
 from diffsampler.baselines.chains import bulk_effective_sample_size
 from diffsampler.baselines.smc import GaussianReference
 from diffsampler.sampler import Sampler
@@ -193,3 +193,13 @@ def test_start_without_density_is_refused():
         baselines.HMC(target, warmup=5).sample(64)
     particles = baselines.HMC(target, warmup=50, init=torch.ones(64, 1, dtype=F64)).sample(640)
     assert particles.nonfinite > 0 and bool((particles.x > 0.0).all())
+
+
+def test_evaluations_are_counted():
+    target = targets.Gaussian(torch.zeros(2), scale=1.0)
+    chains = baselines.MALA(target, num_chains=8, warmup=20)
+    tempered = baselines.SMC(target, reference_scale=2.0, num_islands=2)
+    for sampler in (chains, tempered):
+        assert sampler.evaluations == 0
+        particles = sampler.sample(64, seed=0)
+        assert sampler.evaluations >= len(particles)
