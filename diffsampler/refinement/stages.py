@@ -48,9 +48,8 @@ LOCAL_SHARE = 0.35
 """Smallest noise level relative to the target's smallest local scale."""
 NOISE_MAX = 1.0
 """Largest noise level in units of the target's standard deviation; the chain starts at the smoothed mixture."""
-CHECK_PATHS = 1024
+CHECK_PATHS = 2048
 RENEWED = 8192
-RENEWALS = 2
 MOVES = 4
 SMALL_GAP = 0.02
 """Symmetric gap in nats below which nothing is left to learn."""
@@ -59,8 +58,11 @@ NEAR_TIE = 0.1
 LARGE_GAP = 1.0
 """Symmetric gap above which the mixture is poor and simulation-free training comes first."""
 BRIDGE_SHARE, BRIDGE_COUNT, BRIDGE_RATE = 0.5, 300, 2e-3
-POLISH_COUNT, POLISH_RATE = 60, 5e-4
+POLISH_COUNT, POLISH_RATE = 80, 2e-3
+"""The rate is for two dimensions; it falls with the square root of the dimension, as the gradient's noise grows."""
+POLISH_ROUNDS = 3
 BATCH = 256
+UNLIMITED = 1_000_000
 
 
 class Quality(NamedTuple):
@@ -251,27 +253,15 @@ def refine(
     work, likelihoods = _first_chain(target, x, transport, centres, generator=generator, dtype=dtype)
     work.stages.append(f"mixture: gap {work.quality.gap:.3g}")
     work = _with_hidden_wells(target, x, work)
-    for number in range(RENEWALS):
-        if work.quality.gap < SMALL_GAP or spent() > 0.2 * (number + 1):
-            break
+    if work.quality.gap > SMALL_GAP and spent() < 0.3:
         start("renewing particles", None)
         work.renew(refit=True)
-    first = spent()
-    poor = work.quality.gap > LARGE_GAP
-    bridge_steps = BRIDGE_COUNT if steps is None else max(1, steps // 2)
-    polish_steps = POLISH_COUNT if steps is None else max(1, steps - (bridge_steps if poor else 0))
-    if limited and steps is None:
-        bridge_steps = polish_steps = 1_000_000
-    if poor and first < 1.0:
-        for share in (0.5 * BRIDGE_SHARE, BRIDGE_SHARE):
-            start("simulation-free training", None if limited else bridge_steps)
-            until = _until(spent, first + share * (1.0 - first))
-            work.train(BridgeLikelihood(), steps=bridge_steps, rate=BRIDGE_RATE, spent=until, callback=callback)
-            work.renew(refit=False)
-    if (limited or steps is not None or work.quality.gap > SMALL_GAP) and spent() < 1.0:
-        start("polishing", None if limited else polish_steps)
-        until = _until(spent, 1.0)
-        work.train(LogVariance(), steps=polish_steps, rate=POLISH_RATE, spent=until, callback=callback)
+    number = None if limited and steps is None else steps or 0
+    if work.quality.gap > LARGE_GAP and spent() < 1.0:
+        _teach(work, None if number is None else number // 2 or BRIDGE_COUNT, spent, callback, start)
+        number = None if number is None else number - number // 2
+    if number is None or number or work.quality.gap > SMALL_GAP:
+        _polish(work, None if number is None else number or POLISH_COUNT, spent, callback, start)
     choices = {
         "coordinates": work.frame.name,
         "held_out_log_likelihood": likelihoods,
@@ -335,6 +325,41 @@ def _with_hidden_wells(target: Target, x: Tensor, work: Refinement) -> Refinemen
     new.stages = [*work.stages, f"wells that no particle visited, log Z + {shown.value - seen.value:.3g}"]
     new.stages.append(f"mixture: gap {new.quality.gap:.3g}")
     return new
+
+
+def _teach(
+    work: Refinement,
+    steps: int | None,
+    spent: Callable[[], float],
+    callback: Callable[[dict[str, float]], None],
+    start: Callable[[str, int | None], None],
+) -> None:
+    """Simulation-free training in two halves, the bank renewed by the chain after each; no number of steps: by time."""
+    first = spent()
+    for share in (0.5 * BRIDGE_SHARE, BRIDGE_SHARE):
+        start("simulation-free training", steps)
+        until = _until(spent, first + share * (1.0 - first))
+        work.train(BridgeLikelihood(), steps=steps or UNLIMITED, rate=BRIDGE_RATE, spent=until, callback=callback)
+        work.renew(refit=False)
+
+
+def _polish(
+    work: Refinement,
+    steps: int | None,
+    spent: Callable[[], float],
+    callback: Callable[[dict[str, float]], None],
+    start: Callable[[str, int | None], None],
+) -> None:
+    """Log-variance training: one round of ``steps``, or rounds that fill a budget, slower after one that failed."""
+    rate = POLISH_RATE * math.sqrt(2.0 / max(work.frame.standard.dim, 2))
+    first = spent()
+    for number in range(1, 2 if steps else POLISH_ROUNDS + 1):
+        if spent() >= 1.0:
+            break
+        start("polishing", steps)
+        until = _until(spent, 1.0 if steps else first + number / POLISH_ROUNDS * (1.0 - first))
+        kept = work.train(LogVariance(), steps=steps or UNLIMITED, rate=rate, spent=until, callback=callback)
+        rate = rate if kept else rate / 3.0
 
 
 def _until(spent: Callable[[], float], share: float) -> Callable[[], float]:
