@@ -70,7 +70,7 @@ class FourierMLP(nn.Module):
         depth: int = 2,
         frequencies: int = 64,
         point_features: int = 0,
-        feature_scale: float = 3.0,
+        feature_scale: float = 1.5,
     ) -> None:
         super().__init__()
         self.register_buffer("omega", torch.linspace(0.1, 100.0, frequencies))

@@ -29,6 +29,10 @@ from diffsampler.tempering import TemperedPath
 
 __all__ = ["MappedSampler", "learned_sampler", "plain_smc", "refined_sampler"]
 
+LEARNING_RATES = {"dis": 5e-3}
+"""Learning rates from scratch, where they are not 2e-3; exact kernels of a fixed chain bear a larger one."""
+DIS_NOISE = 1.5
+"""Largest noise level from scratch; a larger one costs resolution further down and brings little Gaussianity."""
 BRIDGE_STEPS = 400
 POLISH_STEPS = 150
 REFINED_BATCH = 256
@@ -104,7 +108,7 @@ def learned_sampler(
         "dis": lambda: DIS(
             standard,
             num_steps=32,
-            schedule=variance_exploding(32, noise_min=noise_min),
+            schedule=variance_exploding(32, noise_min=noise_min, noise_max=DIS_NOISE),
             point_features=features,
             seed=seed,
         ),
@@ -115,6 +119,7 @@ def learned_sampler(
         "location": standard.location.tolist(),
         "scale": standard.scale.tolist(),
         "local_scale": local,
+        "learning_rate": LEARNING_RATES.get(name, 2e-3),
         "num_steps": sampler.process.num_steps,
     }
     return MappedSampler(target, sampler, standard.to_original), choices
