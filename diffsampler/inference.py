@@ -257,13 +257,14 @@ def _check_same_target(target: Target, method: Sampler, device: torch.device) ->
         )
 
 
-def _train(task: Task, sampler: DiffusionSampler) -> None:
+def _train(task: Task, sampler: DiffusionSampler, *, learning_rate: float = 2e-3) -> None:
     default = 1_000_000 if task.limited else DEFAULT_STEPS
     steps = default if task.budget.steps is None else int(task.budget.steps)
     task.progress.start("training", None if task.limited else steps)
     sampler.fit(
         steps=steps,
         batch_size=BATCH_SIZE,
+        learning_rate=learning_rate,
         seed=task.seed,
         spent=TrainingMeter(task, batch_size=BATCH_SIZE),
         checkpoint=task.checkpoint,
@@ -292,7 +293,7 @@ def _learned(task: Task, method: str | Sampler) -> _Answer:
     """A named learned method, in coordinates standardized by a short variational search."""
     task.progress.start("locating the target", None)
     mapped, choices = learned_sampler(str(method), task.target, generator=task.generator, dtype=task.dtype)
-    _train(task, mapped.inner)
+    _train(task, mapped.inner, learning_rate=float(choices["learning_rate"]))
     particles, findings = _draw(task, mapped)
     return _Answer(particles, str(method), findings, choices, mapped.inner.history, mapped)
 
