@@ -150,7 +150,7 @@ class _Run:
         self.process.load_state_dict(state["process"])
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.ema = state["ema"]
+        self.ema = {name: value.to(self.ema[name].device) for name, value in state["ema"].items()}
         self.generator.set_state(state["generator"].cpu())
         self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
         self.history = state["history"]
@@ -381,7 +381,7 @@ def load_checkpoint(folder: str | Path, identity: dict[str, Any]) -> dict[str, A
         ValueError: If it belongs to another configuration; the message says what differs.
     """
     path = Path(folder) / CHECKPOINT_NAME
-    content = torch.load(path, weights_only=True)
+    content = torch.load(path, weights_only=True, map_location="cpu")
     stored = content["identity"]
     differing = [
         f"{key}: checkpoint {stored.get(key)!r}, now {identity.get(key)!r}"
