@@ -2,8 +2,8 @@
 
 For every run: CPU seconds of pilot and refinement, the gap of the evidence lower bound, the error of log Z by
 importance weights, ESS/N of fresh draws, coverage of the unweighted draws (total variation of mode shares, or the worst
-error of a well's share), and the break-even: from how many effective draws on the refinement was cheaper than more of
-the pilot's last pass.
+error of a well's share), and two break-evens against more of the pilot's last pass: the number of effective draws, and
+the standard error of log Z, from which on the refinement was the cheaper way (draws of a pass depend on each other).
 
 Resumable: ``python experiments/refinement_table.py --out refinement.json gmm9:0 gmm40:0 ...``; finished runs are kept.
 """
@@ -104,7 +104,11 @@ def run(name: str, seed: int) -> dict[str, object]:
     log_weight = particles.log_weight
     ess = estimators.effective_sample_size(log_weight) / DRAWS
     truth = target.log_normalizer
-    saved = last_pass_seconds(target, pilot) - draw / ess
+    again = last_pass_seconds(target, pilot)
+    saved = again - draw / ess
+    # Cost of a standard error of 1: seconds per draw times the relative variance of a draw's weight.
+    theirs = again * len(pilot.particles) * pilot.particles.log_normalizer.std_error**2
+    saved_error = theirs - draw * (1.0 / ess - 1.0)
     return {
         "target": name,
         "seed": seed,
@@ -117,6 +121,7 @@ def run(name: str, seed: int) -> dict[str, object]:
         "ess": ess,
         "coverage_error": coverage(target, particles),
         "break_even_draws": learned_seconds / saved if saved > 0.0 else math.inf,
+        "break_even_error": math.sqrt(saved_error / learned_seconds) if saved_error > 0.0 else 0.0,
         "coordinates": choices["coordinates"],
         "stages": choices["stages"],
         "torch": torch.__version__,
@@ -141,7 +146,7 @@ def main() -> None:
             f"{key:14s} pilot {row['pilot_seconds']:5.1f} s  learned {row['learned_seconds']:5.1f} s  "
             f"ELBO {row['elbo_gap']:+.3f}  log Z {row['log_normalizer_error']:+.4f}  ESS {row['ess']:.3f}  "
             f"cover {row['coverage_error']:.3f}  {row['draw_microseconds']:.0f} us/draw  "
-            f"break-even {row['break_even_draws']:.3g}  {row['coordinates']}",
+            f"break-even {row['break_even_draws']:.3g} draws, s.e. {row['break_even_error']:.2g}  {row['coordinates']}",
             flush=True,
         )
 
