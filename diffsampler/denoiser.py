@@ -198,7 +198,7 @@ class MixtureDenoiser(Denoiser):
         within = share.unsqueeze(-1) * (noise * self.variance * precision)
         inside = within.flatten(-2) @ self.axes_square
         # Second moments of the components' own pulls need them in the common coordinates.
-        common = (pull.unsqueeze(-2) @ self._axes_back).squeeze(-2)
+        common = torch.einsum("...cd,cde->...ce", pull, self._axes_back)
         variance = inside + (share.unsqueeze(-1) * (common - move.unsqueeze(-2)).square()).sum(-2)
         own = 1.0 / self.variance
         score = self._back(-self._share(square, own).unsqueeze(-1) * own * delta)

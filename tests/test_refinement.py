@@ -15,8 +15,8 @@ from diffsampler.refinement import refine
 from diffsampler.refinement.frames import candidate_frames, make_frame, rank_frames
 from diffsampler.refinement.mixture_fit import choose_denoiser, fit_product_mixture, step_losses, tuned_levels
 from diffsampler.refinement.profiles import profile_draws
-from diffsampler.refinement.stages import tempering_exponent
 from diffsampler.refinement.separation import hessians, separating_map
+from diffsampler.refinement.stages import tempering_exponent
 from diffsampler.sampler import DiffusionSampler
 from diffsampler.schedule import exploding_levels, variance_exploding
 from diffsampler.target import Target
@@ -83,8 +83,8 @@ def test_denoisers_are_normalised_and_sample_what_they_say(denoiser):
     # Importance sampling of a wider law from the draws: mean weight 1 within 5 standard errors, p = 6e-7.
     other = torch.distributions.Normal(z.mean(0), 0.8 * z.std(0))
     ratio = (other.log_prob(z).sum(-1) - denoiser.log_prob(z, none)).exp()
-    if float(ratio.std()) < 30:
-        assert abs(float(ratio.mean()) - 1.0) < 5.0 * float(ratio.std()) / math.sqrt(n)
+    assert float(ratio.std()) < 30.0
+    assert abs(float(ratio.mean()) - 1.0) < 5.0 * float(ratio.std()) / math.sqrt(n)
     # The identity E[score] = 0 and E[score z] = -1 hold for the density that was drawn from, and for no other.
     score = denoiser(z, none + 1.0).score
     product = score * z + 1.0
