@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -102,6 +102,7 @@ class _Settings:
     max_temperatures: int
     dtype: torch.dtype
     stop: Callable[[], bool] | None
+    pace: Callable[[], float] | None
     progress: Callable[[float], None] | None
 
     def __post_init__(self) -> None:
@@ -162,6 +163,7 @@ def smc(
     max_temperatures: int = 1000,
     dtype: torch.dtype = torch.float64,
     stop: Callable[[], bool] | None = None,
+    pace: Callable[[], float] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> SMCResult:
     """Move ``n`` particles from the reference to the target.
@@ -186,6 +188,8 @@ def smc(
         max_temperatures: Give up after so many.
         dtype: Dtype of the particles; weights are float64 always.
         stop: Asked between temperatures; True ends the run early.
+        pace: Share of an adaptive pass's budget that is spent. Beyond one half, steps in temperature grow and moves
+            become fewer; at one the pass goes to temperature 1 at once. It ends coarse rather than unfinished.
         progress: Told each temperature reached.
 
     Raises:
@@ -218,14 +222,28 @@ def _run(settings: _Settings, frozen: Schedule | None, *, adaptive: SMCResult | 
     for k in range(settings.max_temperatures if frozen is None else len(frozen)):
         if settings.stop is not None and settings.stop():
             break
-        population = _reweight(settings, population, None if frozen is None else frozen.betas[k], log)
-        population = _resample(settings, population, log, decided=None if frozen is None else frozen.resampled[k])
-        population = _move(settings, population, frozen, k, log)
+        paced = settings if frozen is not None else _hurried(settings)
+        population = _reweight(paced, population, None if frozen is None else frozen.betas[k], log)
+        population = _resample(paced, population, log, decided=None if frozen is None else frozen.resampled[k])
+        population = _move(paced, population, frozen, k, log)
         if settings.progress is not None:
             settings.progress(population.beta)
         if population.beta == 1.0:
             break
     return _result(settings, population, log, adaptive)
+
+
+def _hurried(settings: _Settings) -> _Settings:
+    """Larger steps in temperature and fewer moves as the budget of the pass runs out."""
+    haste = 0.0 if settings.pace is None else min(1.0, max(0.0, 2.0 * settings.pace() - 1.0))
+    if haste == 0.0:
+        return settings
+    return replace(
+        settings,
+        conditional_ess=settings.conditional_ess * (1.0 - haste) ** 2 or 1e-300,
+        max_moves=max(2, round(settings.max_moves * (1.0 - haste))),
+        final_moves=max(2, round(settings.final_moves * (1.0 - haste))),
+    )
 
 
 def _start(settings: _Settings, log: _Log) -> _Population:
@@ -318,6 +336,8 @@ def _move(settings: _Settings, population: _Population, frozen: Schedule | None,
             previous, reach = reach, worst_reach(space, points.z, start, scale, weight)
             fewest = settings.final_moves if population.beta == 1.0 else 2
             if moves >= fewest and reach < (1.0 + settings.growth) * previous:
+                break
+            if moves >= 2 and settings.pace is not None and settings.pace() >= 1.0:
                 break
     log.evaluations += density.evaluations
     log.acceptance.append(total / max(moves, 1))

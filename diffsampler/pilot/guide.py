@@ -55,29 +55,27 @@ class Knowledge:
     """What the search found, in ``x``.
 
     Arguments:
-        fits: Good, distinct variational fits.
+        fits: Good, distinct variational fits, or None before a search.
         modes: Peaked modes that repeat, or None.
         prior: Normalised prior with an exact sampler, or None.
-        wide: Widest plausible law, a Student-t.
+        wide: Widest plausible law, a Student-t, or None before a search.
         product: Product of the marginals of the fits, or None. It recombines coordinates: with two sides found in
             each of ``D`` coordinates it covers all ``2^D`` modes.
     """
 
-    fits: MeanFieldFits
-    modes: ModeSet | None
-    prior: Target | None
-    wide: EllipticalMixture
-    product: ProductMixture | None
-
-    def variational(self) -> EllipticalMixture:
-        """Mixture of diagonal Student-t laws at the fits; half of the weight by bound, half equal."""
-        fits = self.fits
-        weight = 0.5 * torch.softmax(fits.elbo, 0) + 0.5 / len(fits)
-        return EllipticalMixture(fits.location, 1.3 * fits.scale, weight.log(), df=3.0)
+    fits: MeanFieldFits | None = None
+    modes: ModeSet | None = None
+    prior: Target | None = None
+    wide: EllipticalMixture | None = None
+    product: ProductMixture | None = None
 
     def components(self) -> dict[str, tuple[Target, float]]:
         """Component and smallest weight, by name."""
-        parts: dict[str, tuple[Target, float]] = {"wide": (self.wide, 0.05), "variational": (self.variational(), 0.05)}
+        parts: dict[str, tuple[Target, float]] = {}
+        if self.wide is not None:
+            parts["wide"] = (self.wide, 0.05)
+        if self.fits is not None:
+            parts["variational"] = (variational(self.fits), 0.05)
         if self.product is not None:
             parts["variational product"] = (self.product, 0.05)
         if self.modes is not None:
@@ -85,6 +83,12 @@ class Knowledge:
         if self.prior is not None:
             parts["prior"] = (self.prior, 0.2)
         return parts
+
+
+def variational(fits: MeanFieldFits) -> EllipticalMixture:
+    """Mixture of diagonal Student-t laws at the fits; half of the weight by bound, half equal."""
+    weight = 0.5 * torch.softmax(fits.elbo, 0) + 0.5 / len(fits)
+    return EllipticalMixture(fits.location, 1.3 * fits.scale, weight.log(), df=3.0)
 
 
 def wide_law(fits: MeanFieldFits) -> EllipticalMixture:
@@ -102,9 +106,14 @@ def _diagonal_map(mean: Tensor, spread: Tensor) -> AffineMap:
 
 
 def first_guide(knowledge: Knowledge) -> Guide:
-    """The reference of the first pass: wide law, variational mixture, Laplace mixture, prior."""
-    fits = knowledge.fits
-    transport = _diagonal_map(*fits.pooled())
+    """The reference of the first pass after a search: wide law, variational mixture, Laplace mixture, prior.
+
+    Raises:
+        ValueError: If there was no search.
+    """
+    if knowledge.fits is None:
+        raise ValueError("Expected variational fits for a first reference; got None.")
+    transport = _diagonal_map(*knowledge.fits.pooled())
     weight = {"wide": 0.2, "variational": 0.3, "variational product": 0.2, "laplace": 0.3, "prior": 0.5}
     parts = knowledge.components()
     weights = torch.tensor([weight[name] for name in parts], dtype=torch.float64)
@@ -149,7 +158,13 @@ def _extended(x: Tensor, profiles: list[Profile], *, generator: torch.Generator 
 
 
 def refit_guide(
-    target: Target, x: Tensor, held_out: Tensor, knowledge: Knowledge, *, generator: torch.Generator | None = None
+    target: Target,
+    x: Tensor,
+    held_out: Tensor,
+    knowledge: Knowledge,
+    *,
+    profile_size: int = 64,
+    generator: torch.Generator | None = None,
 ) -> Guide:
     """The reference of a later pass, from equally weighted draws of the one before.
 
@@ -158,12 +173,14 @@ def refit_guide(
         x: Draws to fit, shape ``(n, D)``.
         held_out: Draws from other islands, shape ``(m, D)``.
         knowledge: What the search found.
+        profile_size: Grid points of profiles; none are made below 8.
         generator: Source of randomness.
     """
     transport = fit_transport(x, held_out)
     several = knowledge.modes is not None and len(knowledge.modes) > 1
     # Separate modes have no single conditional peak to follow.
-    profiles = [] if several else [profile_from_draws(target, index, x) for index in drivers(transport)]
+    found_drivers = [] if several or profile_size < 8 else drivers(transport)
+    profiles = [profile_from_draws(target, index, x, size=profile_size) for index in found_drivers]
     found = [p for p in profiles if p is not None]
     if found:
         # The map must know the necks that the draws have not entered, or it bends wildly there.

@@ -61,7 +61,7 @@ class UniformTorus(Target):
 
 
 def choose_reference(
-    target: Target, *, generator: torch.Generator, stop: Callable[[], bool] | None = None
+    target: Target, *, generator: torch.Generator, pace: Callable[[float], Callable[[], float]] | None = None
 ) -> tuple[Target, float]:
     """Reference for a space without maps, and its scale (NaN for the uniform law).
 
@@ -72,10 +72,12 @@ def choose_reference(
     if isinstance(space, Torus):
         return UniformTorus(space), math.nan
     trials: list[SMCResult] = []
-    for scale in SCALES:
+    for i, scale in enumerate(SCALES):
+        # Together the trials may take a third of a budget.
+        spent = None if pace is None else pace(0.35 * (i + 1) / len(SCALES))
         path = TemperedPath(IsotropicGaussian(space, scale), target)
         try:
-            trials.append(smc(path, n=256, num_islands=2, generator=generator, stop=stop, max_temperatures=200))
+            trials.append(smc(path, n=256, num_islands=2, generator=generator, pace=spent, max_temperatures=200))
         except ValueError:
             # No draw of this scale has a finite density; another scale may.
             continue

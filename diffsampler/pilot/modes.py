@@ -56,6 +56,10 @@ class ModeSet:
     def __len__(self) -> int:
         return self.centre.shape[0]
 
+    def subset(self, mask: Tensor) -> ModeSet:
+        """The modes of a mask or index."""
+        return ModeSet(self.centre[mask], self.tril[mask], self.log_prob[mask], self.peaked[mask], self.hits[mask])
+
     def singletons(self) -> int:
         """Peaks with at least a thousandth of the largest mass that exactly one start found."""
         mass = self.log_mass()
@@ -205,11 +209,13 @@ class _Search:
         if count:
             self.unplaced += x.shape[0]
 
-    def polish(self, *, steps: int = 25) -> None:
+    def polish(self, max_evaluations: float, *, steps: int = 25) -> None:
         """Saddle-free Newton steps from every centre, then merge what came together; hits are added up."""
         x, scale = self.modes.centre, self.modes.tril.diagonal(dim1=-2, dim2=-1)
         tril, log_prob, peaked = self.modes.tril, self.modes.log_prob, self.modes.peaked
         for _ in range(steps):
+            if self.evaluations > max_evaluations:
+                break
             score = self.target.log_prob_and_score(x)[1].to(x.dtype)
             white = (tril.mT @ score.unsqueeze(-1)).squeeze(-1)
             length = white.norm(dim=-1, keepdim=True) / math.sqrt(x.shape[1])
@@ -231,7 +237,7 @@ class _Search:
                 owner[free] = i
         kept = torch.unique(owner)
         hits = torch.zeros_like(self.modes.hits).index_add_(0, owner, self.modes.hits)
-        self.modes = ModeSet(x[kept], tril[kept], log_prob[kept], peaked[kept], hits[kept])
+        self.modes = ModeSet(x, tril, log_prob, peaked, hits).subset(kept)
 
     def continuum(self) -> bool:
         """Whether end points do not repeat, or do not end at peaks: ridges, necks, very many modes."""
@@ -308,8 +314,10 @@ def search_modes(
         min_starts = min(2_000_000, 40_000 * 2 ** min(target.dim, 10))
     low, high = _boxes(fits, _Search(target, fits.scale.amin(0)).modes)[0]
     search = _Search(target, fits.scale.amin(0))
-    centres, _ = climb(target, fits.location, 0.2 * fits.scale, steps=60)
-    search.evaluations += 60 * len(fits)
+    # The best fits only where the budget is small.
+    best = fits.subset(torch.arange(len(fits), device=fits.elbo.device)[: max(4, max_evaluations // 240)])
+    centres, _ = climb(target, best.location, 0.2 * best.scale, steps=60)
+    search.evaluations += 60 * len(best)
     search.absorb(centres, count=False)
     starts, stopped, known, climbed = 0, "budget", 0, 0
     while search.evaluations < max_evaluations and not (stop is not None and stop() and starts):
@@ -327,7 +335,7 @@ def search_modes(
             search.evaluations += 60 * x.shape[0]
             search.absorb(end, count=True)
         if len(search.modes) > known:
-            search.polish()
+            search.polish(max_evaluations)
             known = len(search.modes)
         climbed += 0 if first else 60 * x.shape[0]
         if search.continuum():

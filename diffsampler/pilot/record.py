@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -74,16 +75,28 @@ class Meter:
         """Fraction of the budget that is spent."""
         return max(self.elapsed() / self.seconds, self.target.evaluations / self.evaluations)
 
-    def affords(self, target: Target, *, batch: int) -> float:
-        """Evaluations that the rest of the budget pays for, by the time that one batch takes."""
-        left = self.evaluations - self.target.evaluations
+    def affords(self, target: Target, *, batch: int, share: float = 1.0) -> float:
+        """Evaluations that a share of the whole budget pays for, by the time that one batch takes."""
+        count = share * self.evaluations
         if math.isfinite(self.seconds):
             x = torch.randn((batch, target.dim), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-            began = time.perf_counter()
-            target.log_prob_and_score(x)
-            # What surrounds an evaluation takes about as long as a cheap evaluation itself, twice.
-            left = min(left, batch * (self.seconds - self.elapsed()) / (3.0 * (time.perf_counter() - began)))
-        return max(left, 0.0)
+            took = math.inf
+            # The first call warms up; where it is slow, it has to do.
+            for _ in range(2):
+                began = time.perf_counter()
+                target.log_prob_and_score(x)
+                took = min(took, time.perf_counter() - began)
+                if took > 0.01 * self.seconds:
+                    break
+            # What surrounds an evaluation takes about as long as a cheap evaluation itself.
+            count = min(count, share * batch * self.seconds / (took + 1e-3 + 0.5 * took))
+        return max(count, 0.0)
+
+    def allotted(self, until: float) -> Callable[[], float]:
+        """How much of the budget between now and ``until`` (a fraction of the whole) is spent."""
+        began = self.used()
+        span = max(until - began, 1e-9)
+        return lambda: (self.used() - began) / span
 
     @property
     def limited(self) -> bool:
@@ -93,12 +106,13 @@ class Meter:
 
 @dataclass(frozen=True)
 class Pass:
-    """One adaptive pass, the guide that it ran from, and the fraction of the budget that it took."""
+    """One adaptive pass, its guide, the fraction of the budget that it took, and whether it hurried."""
 
     guide: Guide
     path: TemperedPath
     result: SMCResult
     cost: float
+    hurried: bool = False
 
     @property
     def x(self) -> Tensor:

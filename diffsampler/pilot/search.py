@@ -61,15 +61,23 @@ class MeanFieldFits:
         Raises:
             ValueError: If no fit met a finite density.
         """
+        self._check_any()
+        gap = 12.0 + 2.0 * math.sqrt(self.location.shape[-1])
+        return self.subset(self.elbo >= self.elbo.max() - gap)
+
+    def _check_any(self) -> None:
         if not bool(torch.isfinite(self.elbo).any()):
             raise ValueError(
                 "Expected a density that is finite near some starting point; got none. Shift or rescale it."
             )
-        gap = 12.0 + 2.0 * math.sqrt(self.location.shape[-1])
-        return self.subset(self.elbo >= self.elbo.max() - gap)
 
     def distinct(self, *, limit: int = 64, tolerance: float = 0.5) -> MeanFieldFits:
-        """At most ``limit`` fits, best first, no two within ``tolerance`` scales (root mean square) of each other."""
+        """At most ``limit`` fits, best first, no two within ``tolerance`` scales (root mean square) of each other.
+
+        Raises:
+            ValueError: If no fit met a finite density.
+        """
+        self._check_any()
         order = self.elbo.argsort(descending=True)
         location, log_scale = self.location[order], self.scale[order].log()
         alive = torch.ones_like(order, dtype=torch.bool)
