@@ -160,11 +160,11 @@ def test_product_fit_finds_two_sides(generator):
     side = torch.where(torch.rand(4000, 2, generator=generator) < 0.25, -1.0, 1.0).double()
     x = side + 0.2 * torch.randn(4000, 2, generator=generator).double()
     fit = fit_product_mixture(x, 2)
-    mean, order = fit.mean.sort(-1)
+    mean, order = fit.mean.double().sort(-1)
     # Means of 1,000 and 3,000 draws with sd .2: standard error .006.
     assert torch.allclose(mean, torch.tensor([-1.0, 1.0]).double().expand(2, 2), atol=0.04)
-    assert torch.allclose(fit.log_weight.exp().gather(1, order)[:, 0], torch.tensor(0.25).double(), atol=0.04)
-    assert torch.allclose(fit.variance.sqrt(), torch.tensor(0.2).double(), atol=0.03)
+    assert torch.allclose(fit.log_weight.double().exp().gather(1, order)[:, 0], torch.tensor(0.25).double(), atol=0.04)
+    assert torch.allclose(fit.variance.double().sqrt(), torch.tensor(0.2).double(), atol=0.03)
 
 
 def test_product_for_independent_coordinates_and_mixture_for_joint_modes():

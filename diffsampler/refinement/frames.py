@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -94,7 +95,12 @@ class Ranked(NamedTuple):
 
 
 def rank_frames(
-    frames: list[Frame], x: Tensor, centres: Tensor | None, *, generator: torch.Generator | None = None
+    frames: list[Frame],
+    x: Tensor,
+    centres: Tensor | None,
+    *,
+    generator: torch.Generator | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[Ranked]:
     """Fit a mixture in every frame and judge it by held-out particles, in the target's own units.
 
@@ -103,10 +109,13 @@ def rank_frames(
         x: Particles, shape ``(n, D)``; the second half is held out.
         centres: Known modes, shape ``(M, D)``, or None.
         generator: Source of randomness.
+        stop: Whether to leave out the frames that are left; the first is always ranked.
     """
     half = x.shape[0] // 2
-    ranked = []
+    ranked: list[Ranked] = []
     for frame in frames:
+        if ranked and stop():
+            break
         z = frame.to_frame(x)
         modes = None if centres is None else frame.to_frame(centres)
         if modes is not None and not bool(modes.isfinite().all()):

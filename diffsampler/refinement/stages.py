@@ -250,9 +250,10 @@ def refine(
         start: Called with the name of a stage and its number of steps.
     """
     start("choosing coordinates", None)
-    work, likelihoods = _first_chain(target, x, transport, centres, generator=generator, dtype=dtype)
+    work, likelihoods = _first_chain(target, x, transport, centres, generator=generator, dtype=dtype, spent=spent)
     work.stages.append(f"mixture: gap {work.quality.gap:.3g}")
-    work = _with_hidden_wells(target, x, work)
+    if spent() < 0.5:
+        work = _with_hidden_wells(target, x, work)
     if work.quality.gap > SMALL_GAP and spent() < 0.3:
         start("renewing particles", None)
         work.renew(refit=True)
@@ -281,13 +282,15 @@ def _first_chain(
     *,
     generator: torch.Generator,
     dtype: torch.dtype,
+    spent: Callable[[], float],
 ) -> tuple[Refinement, dict[str, float]]:
     """The coordinates whose mixture predicts best; where several nearly tie, the one whose chain does best."""
-    ranked = rank_frames(candidate_frames(target, transport, x, generator=generator), x, centres, generator=generator)
+    frames = candidate_frames(target, transport, x, generator=generator)
+    ranked = rank_frames(frames, x, centres, generator=generator, stop=lambda: spent() > 0.15)
     highest = max(entry.value for entry in ranked)
     best: Refinement | None = None
     for entry in ranked:
-        if entry.value > highest - NEAR_TIE:
+        if entry.value > highest - NEAR_TIE and (best is None or spent() < 0.3):
             work = Refinement(entry.frame, entry.denoiser, entry.frame.to_frame(x), generator=generator, dtype=dtype)
             # The plainest comes first and stays unless another is better by more than the noise of the gap.
             if best is None or work.quality.gap < 0.8 * best.quality.gap - 0.005:
