@@ -16,6 +16,7 @@ from diffsampler.budget import Budget, Task, TrainingMeter
 from diffsampler.checks import check_target, differing_point, working_dtype
 from diffsampler.particles import Particles
 from diffsampler.pilot import PilotResult, run_pilot
+from diffsampler.pilot.checks import drift
 from diffsampler.progress import Progress
 from diffsampler.recipes import REFINED_BATCH, learned_sampler, plain_smc, refined_sampler
 from diffsampler.result import Finding, Fit, diagnose
@@ -31,7 +32,9 @@ PILOT_SHARE = 0.5
 """Share of a budget that the pilot may spend before the learned process starts."""
 DEFAULT_STEPS = 1000
 """Gradient steps of a named learned method without a budget."""
-BATCH_SIZE = 512
+BATCH_SIZE = 256
+MAX_DRIFT = 5.0
+"""Drift under further moves, in standard errors; ordinary runs stay below 4."""
 """Trajectories per gradient step of a learned method."""
 FEWEST_LEFT = 600_000
 """Evaluations that must be left after the pilot for a process to be learned: less does not pay for its checks."""
@@ -292,7 +295,14 @@ def _draw(task: Task, sampler: Sampler) -> tuple[Particles, list[Finding]]:
 def _learned(task: Task, method: str | Sampler) -> _Answer:
     """A named learned method, in coordinates standardized by a short variational search."""
     task.progress.start("locating the target", None)
-    mapped, choices = learned_sampler(str(method), task.target, generator=task.generator, dtype=task.dtype)
+    mapped, choices = learned_sampler(
+        str(method),
+        task.target,
+        generator=task.generator,
+        dtype=task.dtype,
+        seconds=task.budget.seconds,
+        evaluations=task.budget.evaluations,
+    )
     _train(task, mapped.inner, learning_rate=float(choices["learning_rate"]))
     particles, findings = _draw(task, mapped)
     return _Answer(particles, str(method), findings, choices, mapped.inner.history, mapped)
@@ -309,11 +319,24 @@ def _smc(task: Task, method: str | Sampler) -> _Answer:
         first.append(task.spent())
         return first[-1] > first[0] + 0.48 * (1.0 - first[0])
 
-    result = plain_smc(task.target, count, NUM_ISLANDS, generator=task.generator, stop=stop)
+    result = plain_smc(
+        task.target,
+        count,
+        NUM_ISLANDS,
+        generator=task.generator,
+        stop=stop,
+        seconds=task.budget.seconds,
+        evaluations=task.budget.evaluations,
+    )
     findings = []
     if not result.finished:
         message = f"The budget ended at temperature {result.beta:.3g}: the particles do not represent the target."
         findings.append(Finding("error", message, "Raise the budget."))
+    elif not task.spent() > 0.95:
+        shift = drift(task.target, result, generator=task.generator)
+        if shift > MAX_DRIFT:
+            message = f"Further moves shift the particles by {shift:.1f} standard errors: they have not settled."
+            findings.append(Finding("warning", message, "Use method='auto', which refits its reference."))
     choices = {"betas": list(result.schedule.betas), "num_islands": NUM_ISLANDS}
     return _Answer(result.particles, "smc", findings, choices, [])
 
@@ -362,7 +385,9 @@ def _refine(task: Task, pilot: PilotResult, answer: _Answer) -> _Answer:
     gap = abs(mine.value - theirs.value)
     agree = gap <= 4.0 * math.hypot(mine.std_error, theirs.std_error) + 0.02
     trusted = learned.pareto_k < 0.7 and learned.ess >= 100.0
-    better = agree and trusted and not too_few and mine.std_error < theirs.std_error
+    # Weights are exact for both: mass that is missed can only lower log Z.
+    found_more = trusted and not agree and mine.value > theirs.value
+    better = not too_few and (found_more or (agree and trusted and mine.std_error < theirs.std_error))
     choices = {
         **answer.choices,
         **choices,
@@ -377,8 +402,9 @@ def _refine(task: Task, pilot: PilotResult, answer: _Answer) -> _Answer:
         findings.append(
             Finding(
                 "warning",
-                f"The learned process and the pilot disagree on log Z ({mine.value:.3f} and {theirs.value:.3f}).",
-                "One of them misses mass; raise the budget.",
+                f"The learned process and the pilot disagree on log Z ({mine.value:.3f} and {theirs.value:.3f}): "
+                f"{'the pilot' if found_more else 'the learned process'} missed mass.",
+                "The answer is that of the larger log Z; raise the budget to confirm it.",
             )
         )
     if better:

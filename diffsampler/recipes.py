@@ -18,13 +18,14 @@ from diffsampler.objective import BridgeLikelihood, LogVariance
 from diffsampler.particles import Particles
 from diffsampler.pilot import PilotResult
 from diffsampler.pilot.guide import wide_law
-from diffsampler.pilot.search import multistart
+from diffsampler.pilot.record import Meter
+from diffsampler.pilot.search import MeanFieldFits, multistart
 from diffsampler.refinement import refine
 from diffsampler.sampler import DiffusionSampler, Sampler
 from diffsampler.schedule import variance_exploding
 from diffsampler.smc import SMCResult, smc
 from diffsampler.space import Euclidean, MeanFree, Torus
-from diffsampler.target import AffineTarget, Target
+from diffsampler.target import AffineTarget, CountedTarget, Target
 from diffsampler.tempering import TemperedPath
 
 __all__ = ["MappedSampler", "learned_sampler", "plain_smc", "refined_sampler"]
@@ -33,6 +34,8 @@ LEARNING_RATES = {"dis": 5e-3}
 """Learning rates from scratch, where they are not 2e-3; exact kernels of a fixed chain bear a larger one."""
 DIS_NOISE = 1.5
 """Largest noise level from scratch; a larger one costs resolution further down and brings little Gaussianity."""
+SEARCH_COST = 300_000
+"""Evaluations of a full search for the mass."""
 BRIDGE_STEPS = 400
 POLISH_STEPS = 150
 REFINED_BATCH = 256
@@ -67,8 +70,26 @@ class MappedSampler(Sampler):
         return Particles(x, particles.log_weight, nonfinite=particles.nonfinite)
 
 
-def standardize(target: Target, *, generator: torch.Generator) -> tuple[AffineTarget, float]:
-    """Coordinates in which the mass sits at the origin with unit scale, and the smallest local scale in them."""
+def locate(
+    target: Target, *, generator: torch.Generator, seconds: float | None = None, evaluations: int | None = None
+) -> MeanFieldFits:
+    """Variational fits of where the mass is, by a search that takes at most a sixth of what may be spent."""
+    starts, steps = 80, 250
+    meter = Meter(CountedTarget(target), seconds=seconds, evaluations=evaluations)
+    if meter.limited:
+        paid = meter.affords(target, batch=6 * starts, share=1.0 / 6.0)
+        effort = min(1.0, paid / SEARCH_COST) ** 0.5
+        starts, steps = max(10, int(effort * starts)), max(40, int(effort * steps))
+    return multistart(target, num_starts=starts, steps=steps, generator=generator).good().distinct()
+
+
+def standardize(
+    target: Target, *, generator: torch.Generator, seconds: float | None = None, evaluations: int | None = None
+) -> tuple[AffineTarget, float]:
+    """Coordinates in which the mass sits at the origin with unit scale, and the smallest local scale in them.
+
+    Fits count by their evidence: a wide fit of a funnel's mouth says little about where the funnel's mass is.
+    """
     space = target.space
     device = generator.device
     one = torch.ones(1, dtype=torch.float64, device=device)
@@ -77,9 +98,11 @@ def standardize(target: Target, *, generator: torch.Generator) -> tuple[AffineTa
         return AffineTarget(target, origin, one), 0.3
     if not isinstance(space, Euclidean):
         return AffineTarget(target, origin, one * _isotropic_scale(target, generator)), 0.3
-    fits = multistart(target, generator=generator).good().distinct()
-    location, scale = fits.pooled()
-    local = float((fits.scale / scale).min().clamp(0.005, 1.0))
+    fits = locate(target, generator=generator, seconds=seconds, evaluations=evaluations)
+    weight = torch.softmax(fits.elbo, 0)
+    location = weight @ fits.location
+    scale = (weight @ (fits.scale.square() + (fits.location - location).square())).sqrt()
+    local = float((fits.scale[weight > 1e-3] / scale).min().clamp(0.005, 1.0))
     return AffineTarget(target, location, scale), local
 
 
@@ -95,10 +118,16 @@ def _isotropic_scale(target: Target, generator: torch.Generator) -> float:
 
 
 def learned_sampler(
-    name: str, target: Target, *, generator: torch.Generator, dtype: torch.dtype
+    name: str,
+    target: Target,
+    *,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    seconds: float | None = None,
+    evaluations: int | None = None,
 ) -> tuple[MappedSampler, dict[str, Any]]:
-    """The sampler of a named method, in standardized coordinates."""
-    standard, local = standardize(target, generator=generator)
+    """The sampler of a named method, in coordinates standardized by a search within a share of the budget."""
+    standard, local = standardize(target, generator=generator, seconds=seconds, evaluations=evaluations)
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     features = 64 if target.dim <= 4 else 0
     noise_min = min(0.5, max(0.01, 0.5 * local))
@@ -126,14 +155,21 @@ def learned_sampler(
 
 
 def plain_smc(
-    target: Target, n: int, num_islands: int, *, generator: torch.Generator, stop: Callable[[], bool]
+    target: Target,
+    n: int,
+    num_islands: int,
+    *,
+    generator: torch.Generator,
+    stop: Callable[[], bool],
+    seconds: float | None = None,
+    evaluations: int | None = None,
 ) -> SMCResult:
     """Adaptive tempered SMC, then the same schedule frozen: from the prior if there is one, else a wide Student-t."""
     reference = target.prior
     if reference is None:
         if not isinstance(target.space, Euclidean):
             raise ValueError(f"method='smc' needs a prior on {target.space}; use 'auto'.")
-        reference = wide_law(multistart(target, generator=generator).good().distinct())
+        reference = wide_law(locate(target, generator=generator, seconds=seconds, evaluations=evaluations))
     path = TemperedPath(reference, target)
     return smc(path, n=n, num_islands=num_islands, generator=generator, two_pass=True, stop=stop)
 

@@ -32,6 +32,9 @@ __all__ = ["MeanFieldFits", "climb", "fit_mean_field", "multistart", "spread_ove
 
 # Depth of a hard wall in nats, as the variational search feels it.
 WALL = 6.0
+# Mean score in own scales above which a fit is still on its way; settled fits stay below 1.5.
+UNSETTLED = 3.0
+RECENTRINGS = 3
 
 
 @dataclass(frozen=True)
@@ -191,14 +194,56 @@ def multistart(
 ) -> MeanFieldFits:
     """Mean-field fits from starts at many scales; later rounds restart in 1, 2 and 4 times the spread of the good ones.
 
+    Where the best fit is still on its way (the density is many of its own scales away from the origin), ascents lead
+    to a better centre for the starts.
+
     Returns:
         The good and distinct fits of all rounds, continued until they have settled; take ``.good().distinct()``.
     """
+
+    def around(centre: Tensor) -> MeanFieldFits:
+        return _rounds(
+            target, centre, num_starts=num_starts, rounds=rounds, steps=steps, scales=scales, generator=generator
+        )
+
+    first = fits = around(torch.zeros(target.dim, dtype=torch.float64))
+    for _ in range(RECENTRINGS):
+        best = fits.good().distinct(limit=1)
+        if _pull(target, best) < UNSETTLED:
+            return fits
+        end, _ = climb(target, best.location, best.scale, steps=200)
+        if not bool(torch.isfinite(end).all()):
+            return first
+        fits = around(end[0])
+    # Without end where the density rises without end.
+    return fits if _pull(target, fits.good().distinct(limit=1)) < UNSETTLED else first
+
+
+def _pull(target: Target, fit: MeanFieldFits) -> float:
+    """Largest mean score over one fit in units of its own scale; it vanishes at the optimum of the bound."""
+    generator = torch.Generator().manual_seed(0)
+    eps = torch.randn((16, fit.location.shape[1]), generator=generator, dtype=fit.location.dtype)
+    x = fit.location + fit.scale * torch.cat([eps, -eps])
+    scaled = fit.scale * target.log_prob_and_score(x)[1].to(fit.location.dtype)
+    scaled = scaled[torch.isfinite(scaled).all(-1)]
+    return float(scaled.mean(0).abs().max()) if len(scaled) else 0.0
+
+
+def _rounds(
+    target: Target,
+    centre: Tensor,
+    *,
+    num_starts: int,
+    rounds: int,
+    steps: int,
+    scales: tuple[float, ...],
+    generator: torch.Generator | None,
+) -> MeanFieldFits:
     dim = target.dim
     like = torch.zeros((), dtype=torch.float64)
     draw = torch.randn((num_starts, dim), generator=generator, dtype=like.dtype)
     size = torch.tensor(scales, dtype=like.dtype).repeat(-(-num_starts // len(scales)))[:num_starts, None]
-    fits = fit_mean_field(target, size * draw, size.expand(-1, dim), steps=steps, generator=generator)
+    fits = fit_mean_field(target, centre + size * draw, size.expand(-1, dim), steps=steps, generator=generator)
     for _ in range(rounds - 1):
         mean, spread = fits.good().pooled()
         draw = torch.randn((num_starts, dim), generator=generator, dtype=like.dtype)
