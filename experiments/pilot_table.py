@@ -14,6 +14,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from torch import Tensor
 
 from diffsampler import targets
 from diffsampler.pilot import PilotResult, run_pilot
+from diffsampler.pilot.modes import laplace
+from diffsampler.pilot.reference import student_t
+from diffsampler.pilot.search import climb
 from diffsampler.target import Target
 
 Case = tuple[Callable[[], Target], Callable[[Target, PilotResult], dict[str, float]]]
@@ -98,6 +102,29 @@ def without_prior(target: Target) -> Target:
     )
 
 
+def logistic(*, rows: int = 400, dim: int = 31) -> Target:
+    """Synthetic logistic regression; reference evidence by importance sampling from a Student-t law at the mode."""
+    generator = torch.Generator().manual_seed(5)
+    features = torch.randn(rows, dim - 1, generator=generator, dtype=torch.float64)
+    logits = features @ torch.randn(dim - 1, generator=generator, dtype=torch.float64)
+    labels = torch.rand(rows, generator=generator, dtype=torch.float64) < torch.sigmoid(logits)
+    target = targets.LogisticRegression(features, labels)
+    mode, _ = climb(target, torch.zeros(1, dim, dtype=torch.float64), torch.full((dim,), 0.1).double(), steps=200)
+    tril = laplace(target, mode, torch.full((1, dim), 0.1).double())[0]
+    law, log_weight, weight = student_t(mode[0], tril[0], df=20.0), tril.new_zeros(0), tril.new_zeros(0)
+    for count in (50_000, 400_000):
+        # The second law takes the moments of the posterior from the first.
+        x = law.sample(count, generator=generator)
+        log_weight = target.log_prob(x) - law.log_prob(x)
+        weight = torch.softmax(log_weight, 0)
+        centred = x - weight @ x
+        law = student_t(weight @ x, torch.linalg.cholesky((weight.unsqueeze(-1) * centred).mT @ centred), df=20.0)
+    target.log_normalizer = float(torch.logsumexp(log_weight, 0)) - math.log(len(weight))
+    # About 0.002 nats of error in the reference.
+    assert float(1.0 / weight.square().sum()) > 100_000, "the reference evidence is not exact enough"
+    return target
+
+
 def improper(log_prob: Callable[[Tensor], Tensor], dim: int) -> Callable[[], Target]:
     return lambda: Target.from_log_prob(log_prob, dim=dim)
 
@@ -128,6 +155,8 @@ def cases() -> dict[str, Case]:
             improper(lambda x: -0.5 * (x[:, 0] - 2.0 * x[:, 1]).square() - 0.5 * x[:, 2].square(), 3),
             nothing,
         ),
+        "cone": (improper(lambda x: -0.75 * torch.log1p(x.square().sum(-1)), 2), nothing),
+        "logistic31": (logistic, nothing),
     }
 
 
@@ -169,16 +198,18 @@ def row(name: str, cells: list[dict]) -> str:
     ran = [c for c in cells if not c["refused"] and c.get("error") is not None]
     if not ran:
         refused = sum(c["refused"] for c in cells)
-        return f"| {name} | {len(cells)} | refused {refused}/{len(cells)} | | | | {cpu:.1f} | {count:.2f} | {flagged} |"
+        return (
+            f"| {name} | {len(cells)} | refused {refused}/{len(cells)} | | | | | {cpu:.1f} | {count:.2f} | {flagged} |"
+        )
     errors = torch.tensor([c["error"] for c in ran], dtype=torch.float64)
     covered = sum(abs(c["error"]) < 2.131 * c["std_error"] for c in ran)
     names = sorted({k for c in ran for k in c["measures"]})
     spans = [(k, [c["measures"][k] for c in ran]) for k in names]
     text = ", ".join(f"{k} {min(v):.3f}..{max(v):.3f}" for k, v in spans)
     spread = float(errors.std()) if len(ran) > 1 else 0.0
-    worst = float(errors.abs().max())
+    worst, median = float(errors.abs().max()), float(errors.abs().median())
     return (
-        f"| {name} | {len(cells)} | {float(errors.mean()):+.4f} ({spread:.4f}) | {worst:.4f} "
+        f"| {name} | {len(cells)} | {float(errors.mean()):+.4f} ({spread:.4f}) | {median:.4f} | {worst:.4f} "
         f"| {covered}/{len(ran)} | {text} | {cpu:.1f} | {count:.2f} | {flagged} |"
     )
 
@@ -193,9 +224,10 @@ def main() -> None:
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     print(
-        "| target | runs | log Z error mean (sd) | worst | 95 % cover | measures | CPU s | 1e6 evaluations | flagged |"
+        "| target | runs | log Z error mean (sd) | median | worst | 95 % cover | measures | CPU s | 1e6 evaluations "
+        "| flagged |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for name, case in cases().items():
         if options.only and name not in options.only:
             continue
@@ -205,7 +237,10 @@ def main() -> None:
                 write(path, run_cell(case, seed))
         found = sorted(options.out.glob(f"{name.replace(' ', '_')}-[0-9]*.json"))
         if found:
-            print(row(name, [json.loads(path.read_text()) for path in found]), flush=True)
+            cells = [json.loads(path.read_text()) for path in found]
+            print(row(name, cells), flush=True)
+            for text, count in Counter(f for c in cells for f in c["findings"]).most_common(3):
+                print(f"    {count} x {text}", flush=True)
 
 
 if __name__ == "__main__":

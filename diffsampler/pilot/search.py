@@ -211,10 +211,11 @@ def multistart(
         best = fits.good().distinct(limit=1)
         if _pull(target, best) < UNSETTLED:
             return fits
-        end, _ = climb(target, best.location, best.scale, steps=200)
-        if not bool(torch.isfinite(end).all()):
+        end, _ = climb(target, best.location, best.scale, steps=100)
+        centre = _ascend(target, end[0], best.scale[0])
+        if not bool(torch.isfinite(centre).all()):
             return first
-        fits = around(end[0])
+        fits = around(centre)
     # Without end where the density rises without end.
     return fits if _pull(target, fits.good().distinct(limit=1)) < UNSETTLED else first
 
@@ -227,6 +228,20 @@ def _pull(target: Target, fit: MeanFieldFits) -> float:
     scaled = fit.scale * target.log_prob_and_score(x)[1].to(fit.location.dtype)
     scaled = scaled[torch.isfinite(scaled).all(-1)]
     return float(scaled.mean(0).abs().max()) if len(scaled) else 0.0
+
+
+def _ascend(target: Target, x: Tensor, unit: Tensor, *, steps: int = 300) -> Tensor:
+    """Where a quasi-Newton ascent from one point ``(D,)`` ends; it follows curved ridges, unlike :func:`climb`."""
+    z = torch.zeros_like(x, requires_grad=True)
+    optimizer = torch.optim.LBFGS([z], max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        log_prob, score = target.log_prob_and_score((x + unit * z.detach()).unsqueeze(0))
+        z.grad = -unit * score[0].to(z.dtype)
+        return -log_prob[0].double()
+
+    optimizer.step(closure)
+    return x + unit * z.detach()
 
 
 def _rounds(
