@@ -6,11 +6,18 @@ import torch
 from diffsampler.particles import Particles
 from diffsampler.pilot import Pilot, run_pilot
 from diffsampler.pilot.checks import lost_tail, missing_modes
+from diffsampler.pilot.finish import finish
+from diffsampler.pilot.guard import Guarded
+from diffsampler.pilot.guide import Guide, Knowledge
 from diffsampler.pilot.modes import ModeSet
+from diffsampler.pilot.passes import Job
 from diffsampler.pilot.profile import profile_from_draws
+from diffsampler.pilot.record import Meter, Pass
 from diffsampler.pilot.reference import EllipticalMixture, student_t
+from diffsampler.smc import smc
 from diffsampler.space import MeanFree, Torus
-from diffsampler.target import Target
+from diffsampler.target import CountedTarget, Target
+from diffsampler.tempering import TemperedPath
 
 # Errors of log Z are held against 5 standard errors + 0.02, false alarm below 1e-5 per run with 16 islands.
 
@@ -87,20 +94,40 @@ def test_improper_density_is_refused(seed):
     assert "improper" in result.findings[0][1]
 
 
-def test_prior_tempering():
-    # Mean of a Gaussian with two narrow measurements: conjugate, so log Z is known.
-    prior = student_t(torch.zeros(2), torch.full((2,), 5.0))
-    data = torch.tensor([3.0, -1.0], dtype=torch.float64)
-    target = Target.from_log_prob(
-        lambda x: prior.log_prob(x) - 0.5 * ((x - data) / 0.1).square().sum(-1) - math.log(0.01 * 2.0 * math.pi),
-        dim=2,
-        prior=prior,
-    )
+def conjugate(data, prior):
+    """Mean of a Gaussian with one narrow measurement per coordinate, its prior and log evidence."""
+
+    def log_prob(x):
+        square = ((x - data) / 0.1).square().sum(-1)
+        return prior.log_prob(x) - 0.5 * square - math.log(0.01 * 2.0 * math.pi)
+
     truth = float(-0.5 * (data.square() / 25.01).sum() - math.log(2.0 * math.pi * 25.01))
-    result = run_pilot(target, generator=generator())
+    return Target.from_log_prob(log_prob, dim=2, prior=prior), truth
+
+
+def test_prior_comes_first_and_needs_no_search():
+    prior = student_t(torch.zeros(2), torch.full((2,), 5.0))
+    target, truth = conjugate(torch.tensor([3.0, -1.0], dtype=torch.float64), prior)
+    told = []
+    result = run_pilot(target, generator=generator(), num_particles=2048, progress=told.append)
     assert error_is_covered(result, truth)
+    assert told == ["pass 1", "pass 2", "last pass"]
+    assert result.search is None and not result.choices["search"]
     assert result.choices["prior"]
     assert result.choices["reference"]["prior"] >= 0.19
+
+
+def test_search_follows_where_passes_from_the_prior_do_not_agree():
+    # One pass has nothing to agree with.
+    target, truth = conjugate(torch.ones(2, dtype=torch.float64), student_t(torch.zeros(2), torch.full((2,), 5.0)))
+    told = []
+    pilot = Pilot(num_particles=1024, max_passes=1)
+    result = pilot.run(target, generator=generator(2), progress=told.append)
+    assert told == ["pass 1", "variational search", "mode search", "pass 2", "last pass"]
+    assert result.search is not None and result.search.stopped == "one mode"
+    assert set(result.choices["reference"]) >= {"prior", "wide", "variational", "laplace"}
+    assert abs(result.particles.log_normalizer.value - truth) < 0.2
+    assert any("do not agree" in message for _, message, _ in result.findings)
 
 
 def test_spaces_without_maps():
@@ -114,20 +141,69 @@ def test_spaces_without_maps():
     assert error_is_covered(result, 3.0 * math.log(2.0 * math.pi * bessel))
 
 
-def test_evaluation_budget_is_kept():
+@pytest.mark.parametrize("evaluations", [50_000, 300_000])
+def test_evaluation_budget_is_kept_and_ends_with_an_answer(evaluations):
     target = Target.from_log_prob(funnel, dim=10)
-    result = run_pilot(target, generator=generator(), evaluations=300_000)
-    assert result.evaluations < 330_000
-    assert any("budget" in message or "agree" in message for _, message, _ in result.findings)
+    result = run_pilot(target, generator=generator(), evaluations=evaluations)
+    assert result.evaluations < 1.1 * evaluations
+    assert result.particles.has_normalizer
+    assert abs(result.particles.log_normalizer.value) < 1.0
+    assert any("The budget cut the run short" in message for _, message, _ in result.findings)
 
 
-def test_same_seed_same_particles_and_progress():
-    told = []
-    target, _, _ = ill_scaled()
-    one = run_pilot(target, generator=generator(5), num_particles=1024, progress=told.append)
-    two = run_pilot(target, generator=generator(5), num_particles=1024)
+def test_budget_in_seconds_ends_with_an_answer():
+    # No assertion on the time itself: the machine may be busy with other things.
+    target, _, scale = ill_scaled()
+    result = run_pilot(target, generator=generator(), seconds=1.0)
+    assert result.particles.has_normalizer
+    truth = 2.0 * math.log(2.0 * math.pi) + float(scale.log().sum())
+    assert abs(result.particles.log_normalizer.value - truth) < 0.5
+
+
+def test_unfinished_pass_claims_no_normalizer():
+    guard = Guarded(Target.from_log_prob(lambda x: -0.5 * x.square().sum(-1), dim=2))
+    target = CountedTarget(guard)
+    meter = Meter(target, seconds=None, evaluations=None)
+    job = Job(target, guard, meter, generator(), lambda _: None, 512, 16, 8, 1000)
+    path = TemperedPath(student_t(torch.zeros(2), torch.full((2,), 50.0)), target)
+    result = smc(path, n=512, num_islands=4, generator=generator(), max_temperatures=1)
+    guide = Guide(None, path.reference, {"wide": 1.0})
+    answer = finish(job, Knowledge(), [Pass(guide, path, result, 0.0)], settled=False)
+    assert not answer.particles.has_normalizer
+    assert math.isnan(answer.particles.log_normalizer.value)
+    assert answer.findings[0][0] == "error"
+
+
+@pytest.mark.parametrize("name", ["modes", "prior"])
+def test_same_seed_same_particles(name):
+    if name == "modes":
+        means = torch.tensor([[-6.0, 0.0], [6.0, 1.0], [0.0, 8.0]], dtype=torch.float64)
+        target = EllipticalMixture(means, torch.ones(3, 2, dtype=torch.float64))
+    else:
+        target, _ = conjugate(torch.ones(2).double(), student_t(torch.zeros(2), torch.full((2,), 5.0)))
+    one, two = (run_pilot(target, generator=generator(5), num_particles=1024) for _ in range(2))
     assert torch.equal(one.particles.x, two.particles.x)
-    assert told[0] == "variational search" and told[-1] == "last pass"
+    assert torch.equal(one.particles.log_weight, two.particles.log_weight)
+    assert (one.evaluations, one.search) == (two.evaluations, two.search)
+
+
+def test_errors_of_the_density_far_out():
+    def log_prob(x):
+        v = x[:, :1]
+        neck = torch.distributions.Normal(0.0, (0.5 * v).exp(), validate_args=True)
+        return torch.distributions.Normal(0.0, 3.0).log_prob(x[:, 0]) + neck.log_prob(x[:, 1:]).sum(-1)
+
+    result = run_pilot(Target.from_log_prob(log_prob, dim=5), generator=generator(), num_particles=2048)
+    assert error_is_covered(result, 0.0)
+    assert any("raised errors at" in message for _, message, _ in result.findings)
+
+
+def test_errors_of_the_density_everywhere_are_the_users():
+    def log_prob(x):
+        raise ValueError("Expected parameter scale to be positive.")
+
+    with pytest.raises(ValueError, match="Expected parameter scale to be positive"):
+        run_pilot(Target.from_log_prob(log_prob, dim=2), generator=generator())
 
 
 def test_lost_tail_and_missing_modes_are_seen():

@@ -5,7 +5,7 @@ import torch
 
 from diffsampler.pilot.improper import probe_tails
 from diffsampler.pilot.modes import laplace, search_modes
-from diffsampler.pilot.search import climb, fit_mean_field, multistart, spread_over
+from diffsampler.pilot.search import MeanFieldFits, climb, fit_mean_field, multistart, spread_over
 from diffsampler.target import Target
 
 
@@ -50,6 +50,17 @@ def test_multistart_is_free_of_scale(shift):
     # The bound of an exact fit is the log normaliser.
     log_z = 2.0 * math.log(2.0 * math.pi) + math.log(1e4 * 1e-3 * 10.0)
     assert float(best.elbo[0]) == pytest.approx(log_z, abs=0.1)
+
+
+@pytest.mark.parametrize("shift", [1e3, 1e7])
+def test_multistart_finds_a_banana_far_from_the_origin(shift):
+    def log_prob(x):
+        z = x - shift
+        return -0.5 * z[:, 0].square() - 2.0 * (z[:, 1] - 0.5 * z[:, 0].square()).square()
+
+    best = multistart(Target.from_log_prob(log_prob, dim=2), generator=generator()).good().distinct()
+    assert float((best.location - shift).abs().max()) < 10.0
+    assert float(best.scale.max()) < 3.0
 
 
 def test_fits_do_not_run_away_on_heavy_tails():
@@ -177,3 +188,7 @@ def test_errors():
     nowhere = Target.from_log_prob(lambda x: torch.full_like(x[:, 0], -math.inf) + 0.0 * x[:, 0], dim=1)
     with pytest.raises(ValueError, match="Expected a density that is finite near some starting point"):
         multistart(nowhere, generator=generator())
+    none = MeanFieldFits(torch.zeros(2, 1), torch.ones(2, 1), torch.full((2,), -math.inf))
+    for choose in (none.good, none.distinct):
+        with pytest.raises(ValueError, match="Expected a density that is finite near some starting point"):
+            choose()

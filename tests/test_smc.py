@@ -367,3 +367,15 @@ def test_bad_arguments_are_refused():
     ):
         nowhere = Target.from_log_prob(lambda x: x[..., 0] * math.nan, dim=2)
         smc(path_to(nowhere), n=64, generator=generator())
+
+
+@pytest.mark.parametrize("spent", [0.8, 1.0, 5.0])
+def test_a_pass_short_of_budget_is_coarse_but_finished(spent: float) -> None:
+    path = TemperedPath(GaussianReference(PLANE, scale=20.0), gaussian_target())
+    calm = smc(path, n=256, num_islands=4, generator=generator(), pace=lambda: 0.5)
+    free = smc(path, n=256, num_islands=4, generator=generator())
+    assert torch.equal(calm.particles.x, free.particles.x)
+    hurried = smc(path, n=256, num_islands=4, generator=generator(), pace=lambda: spent)
+    assert hurried.finished
+    assert hurried.evaluations < free.evaluations
+    assert len(hurried.schedule) == 1 if spent >= 1.0 else len(hurried.schedule) < len(free.schedule)
