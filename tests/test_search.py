@@ -52,15 +52,13 @@ def test_multistart_is_free_of_scale(shift):
     assert float(best.elbo[0]) == pytest.approx(log_z, abs=0.1)
 
 
-@pytest.mark.parametrize("shift", [1e3, 1e7])
-def test_multistart_finds_a_banana_far_from_the_origin(shift):
-    def log_prob(x):
-        z = x - shift
-        return -0.5 * z[:, 0].square() - 2.0 * (z[:, 1] - 0.5 * z[:, 0].square()).square()
-
-    best = multistart(Target.from_log_prob(log_prob, dim=2), generator=generator()).good().distinct()
-    assert float((best.location - shift).abs().max()) < 10.0
-    assert float(best.scale.max()) < 3.0
+@pytest.mark.parametrize("shift", [1e5, 1e7])
+def test_multistart_finds_a_gaussian_far_from_the_origin(shift):
+    # Fits from the origin shrink to the scale of the density before they arrive; ascents lead on.
+    mean = torch.tensor([shift, -2.0 * shift], dtype=torch.float64)
+    best = multistart(gaussian([shift, -2.0 * shift], [1.0, 2.0]), generator=generator()).good().distinct()
+    assert float((best.location[0] - mean).abs().max()) < 0.3
+    assert float((best.scale[0] / torch.tensor([1.0, 2.0]) - 1.0).abs().max()) < 0.1
 
 
 def test_fits_do_not_run_away_on_heavy_tails():

@@ -123,7 +123,8 @@ def judge(
         message = f"The adaptive and the frozen pass differ by {gap:.2f} in log Z."
         findings.append(("warning", message, "Use more particles."))
     spread = float(particles.log_replicates.std())
-    if not spread <= 1.0:
+    # Ordinary runs of full size stay below 0.15.
+    if not spread <= 0.4:
         message = f"Islands disagree on log Z: standard deviation {spread:.2f}."
         findings.append(("warning", message, "Use more particles."))
     ancestors = float(final.effective_ancestors.mean())
