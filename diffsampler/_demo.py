@@ -124,10 +124,10 @@ BENCHMARKS = [
 CELLS = [
     Cell(SCHOOLS, "auto", 15.0),
     Cell(SCHOOLS, NUTS, 15.0, num_samples=300),
-    Cell(GALAXIES, "auto", 30.0),
+    Cell(GALAXIES, "auto", 45.0),
     Cell(GALAXIES, NUTS, 30.0, num_samples=100),
     *(Cell(problem, method, seconds) for problem in BENCHMARKS for method, seconds in
-      (("auto", 15.0), ("cmcd", 16.0), ("smc", 5.0))),
+      (("auto", 14.0), ("cmcd", 15.0), ("smc", 8.0))),
 ]  # fmt: skip
 
 

@@ -13,8 +13,11 @@ from typing import NamedTuple
 import torch
 
 from diffsampler.budget import Budget, Task, TrainingMeter
+from diffsampler.catalog import LEARNED as LEARNED
+from diffsampler.catalog import METHODS as METHODS
+from diffsampler.catalog import MethodInfo as MethodInfo
 from diffsampler.checks import check_target, differing_point, working_dtype
-from diffsampler.particles import Particles
+from diffsampler.particles import Particles, disagreement
 from diffsampler.pilot import PilotResult, run_pilot
 from diffsampler.pilot.checks import drift
 from diffsampler.progress import Progress
@@ -33,34 +36,15 @@ PILOT_SHARE = 0.5
 DEFAULT_STEPS = 1000
 """Gradient steps of a named learned method without a budget."""
 BATCH_SIZE = 256
+"""Trajectories per gradient step of a learned method."""
+MAX_DIFFERENCE = 4.5
+"""Difference of the learned process from the pilot, in standard errors, above which it may have lost a tail."""
 MAX_DRIFT = 5.0
 """Drift under further moves, in standard errors; ordinary runs stay below 4."""
-"""Trajectories per gradient step of a learned method."""
 FEWEST_LEFT = 600_000
 """Evaluations that must be left after the pilot for a process to be learned: less does not pay for its checks."""
 FEWEST_DRAWS = 100
 """Draws that are made even if an evaluation budget does not pay for them; fewer are no answer."""
-
-
-class MethodInfo(NamedTuple):
-    """A row of the table of methods."""
-
-    name: str
-    paper: str
-    year: int
-    needs: str
-
-
-METHODS: dict[str, MethodInfo] = {
-    "auto": MethodInfo("auto", "pilot (variational search, tempered SMC) and a learned diffusion", 2026, "density"),
-    "smc": MethodInfo("smc", "Sequential Monte Carlo samplers (Del Moral, Doucet, Jasra)", 2006, "gradient"),
-    "pis": MethodInfo("pis", "Path Integral Sampler (Zhang, Chen)", 2022, "gradient"),
-    "dds": MethodInfo("dds", "Denoising Diffusion Samplers (Vargas, Grathwohl, Doucet)", 2023, "gradient"),
-    "dis": MethodInfo("dis", "Improved sampling via learned diffusions (Richter, Berner)", 2024, "gradient"),
-    "cmcd": MethodInfo("cmcd", "Controlled Monte Carlo Diffusions (Vargas et al.)", 2024, "gradient"),
-}
-LEARNED = tuple(name for name in METHODS if name not in ("auto", "smc"))
-"""Methods that train, and so keep checkpoints."""
 
 
 class _Answer(NamedTuple):
@@ -387,13 +371,16 @@ def _refine(task: Task, pilot: PilotResult, answer: _Answer) -> _Answer:
     trusted = learned.pareto_k < 0.7 and learned.ess >= 100.0
     # Weights are exact for both: mass that is missed can only lower log Z.
     found_more = trusted and not agree and mine.value > theirs.value
-    better = not too_few and (found_more or (agree and trusted and mine.std_error < theirs.std_error))
+    differ = disagreement(learned, pilot.particles)
+    same = agree and differ < MAX_DIFFERENCE
+    better = not too_few and (found_more or (same and trusted and mine.std_error < theirs.std_error))
     choices = {
         **answer.choices,
         **choices,
         "learned_log_normalizer": list(mine[:2]),
         "learned_ess": learned.ess,
         "learned_pareto_k": learned.pareto_k,
+        "largest_difference": differ,
         "pilot_log_normalizer": list(theirs[:2]),
         "chosen": "learned" if better else "pilot",
     }

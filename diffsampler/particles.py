@@ -12,7 +12,7 @@ from torch import Tensor
 from diffsampler import estimators
 from diffsampler.estimators import Estimate
 
-__all__ = ["Particles"]
+__all__ = ["Particles", "disagreement"]
 
 
 @dataclass(frozen=True)
@@ -104,3 +104,26 @@ class Particles:
         index = estimators.systematic_resample(self.log_weight, n, generator=generator)
         shuffle = torch.randperm(n, generator=generator, device=index.device)
         return self.x[index[shuffle]]
+
+
+def disagreement(first: Particles, second: Particles) -> float:
+    """Largest z-score by which two results differ in a coordinate's mean, square, or share beyond a quantile.
+
+    The quantiles are the outer 1 and 5 percent of ``second``. A sampler that loses the end of a tail moves neither its
+    log normalizer nor its moments by much, but the share beyond the outermost quantile falls to nothing.
+    """
+    generator = torch.Generator(second.x.device).manual_seed(0)
+    drawn = second.resample(len(second), generator=generator).double()
+    centre, scale = drawn.mean(0), drawn.std(0).clamp_min(1e-300)
+    levels = torch.tensor([0.01, 0.05, 0.95, 0.99], dtype=torch.float64, device=drawn.device)
+    edges = torch.quantile((drawn - centre) / scale, levels, dim=0)
+
+    def statistics(x: Tensor) -> Tensor:
+        z = (x.double() - centre) / scale
+        beyond = [(z < edge).double() for edge in edges[:2]] + [(z > edge).double() for edge in edges[2:]]
+        return torch.cat([z, z.square(), *beyond], -1)
+
+    (mine, my_error), (theirs, their_error) = (p.expectation(statistics(p.x)) for p in (first, second))
+    # Every share is uncertain by about one draw, also where none fell beyond the quantile.
+    floor = 1.0 / min(len(first), len(second))
+    return float(((mine - theirs).abs() / (my_error.square() + their_error.square() + floor**2).sqrt()).max())

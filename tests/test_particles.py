@@ -11,7 +11,7 @@ from cases import F64
 from torch import Tensor
 
 from diffsampler import estimators
-from diffsampler.particles import Particles
+from diffsampler.particles import Particles, disagreement
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -122,3 +122,14 @@ def test_impossible_particles_do_not_count():
     assert particles.log_normalizer.value == pytest.approx(-math.log(2.0))
     assert particles.expectation(particles.x)[0].item() == pytest.approx(2.0)
     assert float(particles.resample(9, generator=torch.Generator()).max()) == 3.0
+
+
+def test_disagreement_sees_a_lost_tail_that_moments_hide():
+    # Six statistics in two coordinates: a normal score above 4.5 is a false alarm of 1e-4 per comparison.
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.randn(4000, 2, generator=generator, dtype=torch.float64) for _ in range(2)]
+    first, second = (Particles(x, torch.zeros(len(x), dtype=torch.float64)) for x in draws)
+    assert disagreement(first, second) < 4.5
+    kept = draws[0][draws[0][:, 0] > -2.2]
+    cut = Particles(kept, torch.zeros(len(kept), dtype=torch.float64))
+    assert disagreement(cut, second) > 4.5
