@@ -39,6 +39,8 @@ BATCH_SIZE = 256
 """Trajectories per gradient step of a learned method."""
 MAX_DIFFERENCE = 4.5
 """Difference of the learned process from the pilot, in standard errors, above which it may have lost a tail."""
+DRIFT_COST = 50_000
+"""Evaluations of the drift test."""
 MAX_DRIFT = 5.0
 """Drift under further moves, in standard errors; ordinary runs stay below 4."""
 FEWEST_LEFT = 600_000
@@ -316,7 +318,7 @@ def _smc(task: Task, method: str | Sampler) -> _Answer:
     if not result.finished:
         message = f"The budget ended at temperature {result.beta:.3g}: the particles do not represent the target."
         findings.append(Finding("error", message, "Raise the budget."))
-    elif not task.spent() > 0.95:
+    elif task.budget.evaluations is None or task.budget.evaluations - task.evaluations > DRIFT_COST:
         shift = drift(task.target, result, generator=task.generator)
         if shift > MAX_DRIFT:
             message = f"Further moves shift the particles by {shift:.1f} standard errors: they have not settled."

@@ -16,6 +16,8 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import final
 
 import torch
@@ -83,10 +85,17 @@ class FourierMLP(nn.Module):
         self.hidden = nn.ModuleList(linear(width, width, generator=generator) for _ in range(depth))
         self.head = linear(width, dim_out, generator=generator, zero=True)
 
+    def embed(self, t: Tensor) -> Tensor:
+        """Embedding of times ``t (...)``, shape ``(..., width)``."""
+        angle = t.unsqueeze(-1) * self.omega + self.phase
+        return self.time_out(functional.silu(self.time_in(torch.cat([angle.sin(), angle.cos()], -1))))
+
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Evaluate at times ``t (...)`` and points ``x (..., D)``; ``t`` may have axes of length one."""
-        angle = t.unsqueeze(-1) * self.omega + self.phase
-        time = self.time_out(functional.silu(self.time_in(torch.cat([angle.sin(), angle.cos()], -1))))
+        return self.at(self.embed(t), x)
+
+    def at(self, time: Tensor, x: Tensor) -> Tensor:
+        """Evaluate at embedded times ``(..., width)``."""
         if self.wave.shape[1]:
             turn = x @ self.wave
             x = torch.cat([x, turn.sin(), turn.cos()], -1)
@@ -144,6 +153,29 @@ class Control(nn.Module):
         # One gate for all coordinates where the space has no coordinates of its own (mean-free particles).
         gates = space.dim if space.dof == space.dim else 1
         self.gate = linear(16, gates, generator=generator, zero=True)
+        self._table: tuple[Tensor, Tensor] | None = None
+
+    @contextmanager
+    def tabulated(self, num_steps: int) -> Iterator[None]:
+        """Inside, times are looked up in the grid ``k / num_steps``, embedded once and without a graph."""
+        t = torch.arange(num_steps + 1, device=self.omega.device).to(self.omega.dtype) / num_steps
+        with torch.no_grad():
+            self._table = self.net.embed(t), self._gate(t)
+        try:
+            yield
+        finally:
+            self._table = None
+
+    def _gate(self, t: Tensor) -> Tensor:
+        angle = t.unsqueeze(-1) * self.omega
+        return self.gate_init + self.gate(torch.cat([angle.sin(), angle.cos()], -1))
+
+    def _embed(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        if self._table is None:
+            return self.net.embed(t), self._gate(t)
+        time, gate = self._table
+        k = (t * (len(time) - 1)).round().long()
+        return time[k], gate[k]
 
     def forward(self, t: Tensor, x: Tensor, feature: Tensor, weight: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
         """Control ``(..., D)`` and the extra outputs ``(..., extra)`` at times ``t (...)`` and points ``x (..., D)``.
@@ -156,8 +188,7 @@ class Control(nn.Module):
         """
         feature = clip(feature, self.bound)
         seen = self.space.features(x)
-        out = self.net(t, torch.cat([seen, feature], -1) if self.feature_input else seen)
-        angle = t.unsqueeze(-1) * self.omega
-        gate = self.gate_init + self.gate(torch.cat([angle.sin(), angle.cos()], -1))
+        time, gate = self._embed(t)
+        out = self.net.at(time, torch.cat([seen, feature], -1) if self.feature_input else seen)
         control = out[..., : self.space.dim] + (weight * gate) * feature
         return self.space.project_vector(control), out[..., self.space.dim :]

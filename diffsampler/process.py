@@ -14,11 +14,14 @@ there, so that a whole trajectory is evaluated in one call and no score is compu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from diffsampler.networks import Control
 from diffsampler.space import Space
 
 __all__ = ["Gaussian", "Process"]
@@ -110,6 +113,15 @@ class Process(nn.Module, ABC):
             generator: Source of randomness.
         """
         raise NotImplementedError(f"{type(self).__name__} has no closed-form bridge.")
+
+    @contextmanager
+    def tabulated(self) -> Iterator[None]:
+        """Inside, controls embed the whole time grid once instead of each step's time; nothing there has a graph."""
+        with ExitStack() as stack:
+            for module in self.modules():
+                if isinstance(module, Control):
+                    stack.enter_context(module.tabulated(self.num_steps))
+            yield
 
     def config(self) -> dict[str, object]:
         """What identifies the process in a checkpoint."""

@@ -8,6 +8,7 @@ r"""Trajectories and the one place where weights are made.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -153,7 +154,7 @@ def simulate(
         generator: Source of randomness.
         path_gradient: Keep the graph through the states (for pathwise losses); otherwise nothing has a graph.
     """
-    with torch.set_grad_enabled(path_gradient):
+    with torch.set_grad_enabled(path_gradient), nullcontext() if path_gradient else process.tabulated():
         x = process.sample_initial(n, generator=generator)
         states, seen, kernels = [x], [], []
         for k in torch.arange(process.num_steps, device=x.device):

@@ -37,7 +37,7 @@ def target():
 def fit():
     """One answer of the default method, with short training: what a fit offers is asked of it below."""
     with pytest.MonkeyPatch.context() as patch:
-        refine = importlib.import_module("diffsampler.refinement.refine")
+        refine = importlib.import_module("diffsampler.refinement.stages")
         patch.setattr(refine, "BRIDGE_COUNT", 20)
         patch.setattr(refine, "POLISH_COUNT", 10)
         return ds.sample(ds.Target.from_log_prob(lambda x: -energy(x), dim=2), num_samples=4000, seed=0)

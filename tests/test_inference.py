@@ -20,7 +20,7 @@ from diffsampler import baselines, inference, recipes, targets
 from diffsampler.estimators import Estimate
 from diffsampler.pilot import PilotResult
 
-refine = importlib.import_module("diffsampler.refinement.refine")
+refine = importlib.import_module("diffsampler.refinement.stages")
 LOG_Z = math.log(2.0 * math.pi)
 
 

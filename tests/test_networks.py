@@ -110,3 +110,17 @@ def test_point_features_are_constants_with_the_stated_scale():
     assert abs(float(net.wave.std()) / 3.0 - 1.0) < 0.04
     plain = FourierMLP(2, 1, generator=generator())
     assert plain.wave.shape == (2, 0) and plain.point_in.in_features == 2
+
+
+def test_tabulated_times_give_the_same_control_and_no_graph():
+    control = Control(Euclidean(2), generator=generator(), feature_input=True).double()
+    for parameter in control.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator())
+    x = torch.randn(5, 2, generator=generator(), dtype=torch.float64)
+    for k in range(8):
+        t = torch.tensor(k / 7, dtype=torch.float64)
+        plain, _ = control(t, x, -x)
+        with control.tabulated(7):
+            table, _ = control(t, x, -x)
+        torch.testing.assert_close(table, plain, rtol=1e-12, atol=1e-12)
+    assert control(t, x, -x)[0].requires_grad and control._table is None

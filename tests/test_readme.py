@@ -29,7 +29,7 @@ def test_blocks_are_found():
 def test_examples_run(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # The pilot alone meets what the examples assert; training at full length belongs to the benchmarks.
-    refine = importlib.import_module("diffsampler.refinement.refine")
+    refine = importlib.import_module("diffsampler.refinement.stages")
     monkeypatch.setattr(refine, "BRIDGE_COUNT", 40)
     monkeypatch.setattr(refine, "POLISH_COUNT", 20)
     examples = blocks(README.read_text())

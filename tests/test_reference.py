@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from diffsampler.pilot.density_fits import fit_gaussian_mixture, fit_product, stack
 from diffsampler.pilot.reference import EllipticalMixture, ProductMixture, Stacked, student_t
 
@@ -112,7 +113,10 @@ def test_stack_prefers_what_predicts_and_keeps_floors():
     ("build", "message"),
     [
         (lambda: EllipticalMixture(torch.zeros(2, 3), torch.zeros(2, 2)), "Expected mean"),
-        (lambda: EllipticalMixture(torch.zeros(2, 3), torch.ones(2, 3), df=2.5), "Expected df to be a positive integer"),
+        (
+            lambda: EllipticalMixture(torch.zeros(2, 3), torch.ones(2, 3), df=2.5),
+            "Expected df to be a positive integer",
+        ),
         (lambda: ProductMixture(torch.zeros(2, 3), torch.ones(2, 2), torch.ones(2, 3)), "of one shape"),
         (lambda: Stacked([], torch.ones(0)), "Expected one weight per component"),
         (lambda: stack([student_t(torch.zeros(1), torch.ones(1))], [1.0], torch.zeros(3, 1)), "sum below 1"),
