@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -388,14 +388,11 @@ def _refine(task: Task, pilot: PilotResult, answer: _Answer) -> _Answer:
     }
     findings = list(answer.findings)
     if trusted and not agree:
-        findings.append(
-            Finding(
-                "warning",
-                f"The learned process and the pilot disagree on log Z ({mine.value:.3f} and {theirs.value:.3f}): "
-                f"{'the pilot' if found_more else 'the learned process'} missed mass.",
-                "The answer is that of the larger log Z; raise the budget to confirm it.",
-            )
-        )
+        loser = "pilot" if found_more else "learned process"
+        message = f"The {loser} missed mass: log Z is {mine.value:.3f} learned and {theirs.value:.3f} by the pilot."
+        # That a process which is not used failed says nothing against the answer.
+        level: Literal["note", "warning"] = "warning" if found_more else "note"
+        findings.append(Finding(level, message, "The answer is the larger one; raise the budget to confirm it."))
     if better:
         return _Answer(learned, "auto (learned)", findings, choices, mapped.inner.history, mapped)
     return answer._replace(findings=findings, choices=choices, history=mapped.inner.history, sampler=mapped)
