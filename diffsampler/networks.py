@@ -158,7 +158,8 @@ class Control(nn.Module):
     @contextmanager
     def tabulated(self, num_steps: int) -> Iterator[None]:
         """Inside, times are looked up in the grid ``k / num_steps``, embedded once and without a graph."""
-        t = torch.arange(num_steps + 1, device=self.omega.device).to(self.omega.dtype) / num_steps
+        # Divided before the cast, as the grids of the processes are: both round alike.
+        t = (torch.arange(num_steps + 1) / num_steps).to(self.omega)
         with torch.no_grad():
             self._table = self.net.embed(t), self._gate(t)
         try:
