@@ -118,7 +118,7 @@ def test_tabulated_times_give_the_same_control_and_no_graph():
         torch.nn.init.normal_(parameter, std=0.3, generator=generator())
     x = torch.randn(5, 2, generator=generator(), dtype=torch.float64)
     for k in range(8):
-        t = torch.tensor(k / 7, dtype=torch.float64)
+        t = torch.tensor(k / 7).double()
         plain, _ = control(t, x, -x)
         with control.tabulated(7):
             table, _ = control(t, x, -x)
