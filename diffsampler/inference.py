@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import NormalDist
 from typing import Literal, NamedTuple
 
 import torch
@@ -37,8 +38,6 @@ DEFAULT_STEPS = 1000
 """Gradient steps of a named learned method without a budget."""
 BATCH_SIZE = 256
 """Trajectories per gradient step of a learned method."""
-MAX_DIFFERENCE = 4.5
-"""Difference of the learned process from the pilot, in standard errors, above which it may have lost a tail."""
 DRIFT_COST = 50_000
 """Evaluations of the drift test."""
 MAX_DRIFT = 5.0
@@ -368,14 +367,17 @@ def _refine(task: Task, pilot: PilotResult, answer: _Answer) -> _Answer:
     )
     learned, too_few = _draw(task, mapped)
     mine, theirs = learned.log_normalizer, pilot.particles.log_normalizer
-    gap = abs(mine.value - theirs.value)
-    agree = gap <= 4.0 * math.hypot(mine.std_error, theirs.std_error) + 0.02
+    agree = abs(mine.value - theirs.value) <= 4.0 * math.hypot(mine.std_error, theirs.std_error) + 0.02
     trusted = learned.pareto_k < 0.7 and learned.ess >= 100.0
     # Weights are exact for both: mass that is missed can only lower log Z.
     found_more = trusted and not agree and mine.value > theirs.value
     differ = disagreement(learned, pilot.particles)
-    same = agree and differ < MAX_DIFFERENCE
-    better = not too_few and (found_more or (same and trusted and mine.std_error < theirs.std_error))
+    # Six statistics per coordinate: two in a hundred good processes are turned away.
+    limit = NormalDist().inv_cdf(1.0 - 0.01 / (6.0 * task.target.dim))
+    same = agree and differ < limit
+    # The pilot is the surer of the two in the tails: the process must be clearly more precise.
+    precise = mine.std_error < 0.8 * theirs.std_error
+    better = not too_few and (found_more or (same and trusted and precise))
     choices = {
         **answer.choices,
         **choices,
