@@ -1,4 +1,4 @@
-"""The examples of the README run as they are, in order, in one session."""
+"""The examples of the README run as they are, in order, in one namespace."""
 
 from __future__ import annotations
 
