@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffsampler.space import Euclidean, Space
 
-__all__ = ["AffineTarget", "CastTarget", "CountedTarget", "FunctionTarget", "Target"]
+__all__ = ["AffineTarget", "CastTarget", "CountedTarget", "ForwardingTarget", "FunctionTarget", "Target"]
 
 
 class Target(nn.Module, ABC):
@@ -221,28 +221,18 @@ def shape_message(expected: tuple[int, ...], got: tuple[int, ...], dim: int) -> 
     return message
 
 
-@final
-class CountedTarget(Target):
-    """A target that counts what is spent on it: ``evaluations`` = points whose density or gradient was computed."""
+class ForwardingTarget(Target):
+    """The same density evaluated in another way: everything declared about it is that of ``target``."""
 
     def __init__(self, target: Target) -> None:
         super().__init__(
             target.space,
             log_normalizer=target.log_normalizer,
+            prior=target.prior,
             num_modes=target.num_modes,
             has_sampler=target.has_sampler,
-            prior=target.prior,
         )
         self.target = target
-        self.evaluations = 0
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        self.evaluations += x[..., 0].numel()
-        return self.target.log_prob(x)
-
-    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        self.evaluations += x[..., 0].numel()
-        return self.target.log_prob_and_score(x)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         return self.target.sample(n, generator=generator)
@@ -255,6 +245,23 @@ class CountedTarget(Target):
 
     def constrain(self, x: Tensor) -> dict[str, Tensor]:
         return self.target.constrain(x)
+
+
+@final
+class CountedTarget(ForwardingTarget):
+    """A target that counts what is spent on it: ``evaluations`` = points whose density or gradient was computed."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(target)
+        self.evaluations = 0
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        self.evaluations += x[..., 0].numel()
+        return self.target.log_prob(x)
+
+    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.evaluations += x[..., 0].numel()
+        return self.target.log_prob_and_score(x)
 
 
 @final
@@ -318,18 +325,11 @@ class AffineTarget(Target):
 
 
 @final
-class CastTarget(Target):
+class CastTarget(ForwardingTarget):
     """A target whose density is evaluated in ``dtype`` (its function refuses others) and answers in that of ``x``."""
 
     def __init__(self, target: Target, dtype: torch.dtype) -> None:
-        super().__init__(
-            target.space,
-            log_normalizer=target.log_normalizer,
-            prior=target.prior,
-            num_modes=target.num_modes,
-            has_sampler=target.has_sampler,
-        )
-        self.target = target
+        super().__init__(target)
         self.dtype = dtype
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -338,15 +338,3 @@ class CastTarget(Target):
     def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         log_prob, score = self.target.log_prob_and_score(x.to(self.dtype))
         return log_prob.to(x.dtype), score.to(x.dtype)
-
-    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        return self.target.sample(n, generator=generator)
-
-    def mode_labels(self, x: Tensor) -> Tensor:
-        return self.target.mode_labels(x)
-
-    def mode_weights(self) -> Tensor:
-        return self.target.mode_weights()
-
-    def constrain(self, x: Tensor) -> dict[str, Tensor]:
-        return self.target.constrain(x)

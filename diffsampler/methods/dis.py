@@ -23,7 +23,7 @@ References:
 from __future__ import annotations
 
 import math
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -168,13 +168,9 @@ class DIS(DiffusionSampler):
         target: The density to sample.
         num_steps: Number of steps ``K``.
         objective: The loss, log-variance by default.
-        scale: Scale of the target: its standard deviation about the origin.
-        schedule: The noising chain; variance exploding by default.
-        learn_variance: Whether forward variances carry a learned factor.
-        width: Width of the network.
+        schedule: The noising chain in place of ``num_steps`` variance-exploding steps.
         point_features: Random Fourier features of the point; more resolve more modes.
-        detach_score: Whether pathwise losses treat the score as a constant.
-        seed: Seed of the network's initial parameters.
+        options: As in :class:`DISProcess`.
     """
 
     def __init__(
@@ -183,22 +179,11 @@ class DIS(DiffusionSampler):
         *,
         num_steps: int = 64,
         objective: Objective | None = None,
-        scale: float = 1.0,
         schedule: NoiseSchedule | None = None,
-        learn_variance: bool = True,
-        width: int = 64,
         point_features: int = 64,
-        detach_score: bool = True,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
-        process = DISProcess(
-            target.space,
-            variance_exploding(num_steps) if schedule is None else schedule,
-            scale=scale,
-            learn_variance=learn_variance,
-            width=width,
-            point_features=point_features,
-            detach_score=detach_score,
-            seed=seed,
+        schedule = variance_exploding(num_steps) if schedule is None else schedule
+        super().__init__(
+            target, DISProcess(target.space, schedule, point_features=point_features, **options), objective
         )
-        super().__init__(target, process, objective)

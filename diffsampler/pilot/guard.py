@@ -8,13 +8,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from diffsampler.target import Target
+from diffsampler.target import ForwardingTarget, Target
 
 __all__ = ["Guarded"]
 
 
 @final
-class Guarded(Target):
+class Guarded(ForwardingTarget):
     """A target whose errors at single points count as ``log_prob = -inf`` there.
 
     Densities written with ``torch.distributions`` raise where a scale underflows. A batch that raises ``ValueError``
@@ -25,14 +25,7 @@ class Guarded(Target):
     """
 
     def __init__(self, target: Target) -> None:
-        super().__init__(
-            target.space,
-            log_normalizer=target.log_normalizer,
-            num_modes=target.num_modes,
-            has_sampler=target.has_sampler,
-            prior=target.prior,
-        )
-        self.target = target
+        super().__init__(target)
         self.refused = 0
         """Number of points at which the target raised an error."""
         self.worked = False
@@ -58,18 +51,6 @@ class Guarded(Target):
             result = _filled(rows, known, x)
         self.worked = True
         return result
-
-    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        return self.target.sample(n, generator=generator)
-
-    def mode_labels(self, x: Tensor) -> Tensor:
-        return self.target.mode_labels(x)
-
-    def mode_weights(self) -> Tensor:
-        return self.target.mode_weights()
-
-    def constrain(self, x: Tensor) -> dict[str, Tensor]:
-        return self.target.constrain(x)
 
 
 def _by_halves(function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> list[tuple[Tensor, ...] | None]:
