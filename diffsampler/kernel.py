@@ -3,7 +3,9 @@ r"""Markov transitions on batched particles, with explicit state.
 A kernel is a pair of functions: ``init(x, log_density) -> State`` and ``step(state, log_density, params, generator) ->
 (State, Info)``. The log density is an argument, so tempering never rebuilds a kernel, and nothing is hidden or mutated.
 ``Info.log_ratio`` is :math:`\log B(x|x') - \log F(x'|x)` of the transition that was made, so annealed importance
-sampling, stochastic normalizing flows, SMC and learned diffusions share one weight formula.
+sampling, stochastic normalizing flows, SMC and learned diffusions share one weight formula. A kernel with velocities
+adds the change of their log density, :math:`(|v|^2 - |v'|^2) / 2` over the moves that do not keep :math:`N(0, I)`
+invariant, so that the formula holds for positions alone.
 """
 
 from __future__ import annotations
@@ -32,6 +34,13 @@ class State(NamedTuple):
     """Log density at ``x``, shape ``(...)``."""
     score: Tensor
     """Gradient of the log density at ``x``, shape ``(..., D)``."""
+    velocity: Tensor | None = None
+    """Whitened velocities, shape ``(..., D)``, of kernels that keep them from step to step; None for all others."""
+
+    def take(self, index: Tensor) -> State:
+        """The states at ``index``, a mask or a tensor of positions along the first axis."""
+        velocity = None if self.velocity is None else self.velocity[index]
+        return State(self.x[index], self.log_prob[index], self.score[index], velocity)
 
 
 class Info(NamedTuple):
@@ -45,6 +54,10 @@ class Info(NamedTuple):
     """Density-and-gradient evaluations spent per particle."""
     nonfinite: Tensor
     """Boolean, shape ``(...)``: the proposal hit a non-finite density or gradient and was refused."""
+    proposal: State | None = None
+    """Where the particles would have gone, velocities included, for adaptation that learns from refused moves too."""
+    useful: Tensor | None = None
+    """Evaluations whose result was used, shape ``(...)``, where chains wait for each other; None if all were."""
 
 
 class KernelParams(NamedTuple):
@@ -54,6 +67,8 @@ class KernelParams(NamedTuple):
     """Step size, a scalar tensor or one that broadcasts against ``(...)`` chains."""
     scale: Tensor
     """Diagonal metric: standard deviation per coordinate, shape ``(D,)`` or ``(1,)`` (isotropic)."""
+    length: Tensor | None = None
+    """Trajectory length, or time over which velocities decohere, of kernels that adapt one; None for all others."""
 
 
 class Kernel(ABC):
@@ -71,9 +86,13 @@ class Kernel(ABC):
     def __init__(self, space: Space) -> None:
         self.space = space
 
-    def init(self, x: Tensor, log_density: LogDensity) -> State:
-        """State at positions ``x (..., D)``."""
-        return State(x, *log_density(x))
+    def init(self, x: Tensor, log_density: LogDensity, *, generator: torch.Generator | None = None) -> State:
+        """State at positions ``x (..., D)``; kernels that keep velocities draw them from ``generator``."""
+        return self.refresh(State(x, *log_density(x)), generator=generator)
+
+    def refresh(self, state: State, *, generator: torch.Generator | None = None) -> State:
+        """Draw what the kernel keeps beside positions anew; nothing for kernels without velocities."""
+        return state
 
     @abstractmethod
     def step(

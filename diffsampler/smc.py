@@ -306,7 +306,7 @@ def _move(settings: _Settings, population: _Population, frozen: Schedule | None,
     kernel, generator, space = settings.kernel, settings.generator, settings.path.space
     density = settings.path.density(population.beta, coordinates=settings.coordinates)
     points, log_weight = population.points, population.log_weight
-    state = density.state(points)
+    state = kernel.refresh(density.state(points), generator=generator)
     start, total = points.z, 0.0
     scale = spread(space, start, log_weight=log_weight) if frozen is None else frozen.scales[k]
     tuner = RobbinsMonro(kernel.target_acceptance)
@@ -363,7 +363,7 @@ def _first_step_size(settings: _Settings, state: State, density: TemperedDensity
         return settings.step_size
     params = KernelParams(scale.new_tensor(0.5 * settings.path.space.dof**-0.25), scale)
     alive = state.log_prob.isfinite()
-    state = State(*(value[alive] for value in state))
+    state = state.take(alive)
     step_size, _ = reasonable_step_size(settings.kernel, state, density, params, generator=settings.generator)
     density.last = None
     return step_size

@@ -29,10 +29,14 @@ def is_broken(proposal: State) -> Tensor:
 def select(mask: Tensor, new: State, old: State) -> State:
     """``new`` where ``mask (...)`` holds, else ``old``."""
     column = mask.unsqueeze(-1)
+    velocity = new.velocity
+    if velocity is not None and old.velocity is not None:
+        velocity = torch.where(column, velocity, old.velocity)
     return State(
         torch.where(column, new.x, old.x),
         torch.where(mask, new.log_prob, old.log_prob),
         torch.where(column, new.score, old.score),
+        velocity,
     )
 
 
