@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "sampler": ("training", "particles"),
     "tempering": ("kernel", "target"),
     "smc": ("tempering", "kernels", "sampler"),
+    "evidence": ("smc",),
     "pilot": ("smc",),
     "denoiser": (),
     "methods": ("sampler", "denoiser"),
@@ -49,9 +50,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "inference": ("recipes", "checks", "result", "budget", "catalog"),
     "integrations": ("inference",),
     "targets": ("target",),
-    "baselines": ("smc", "methods", "integrations"),
+    "baselines": ("smc", "evidence", "methods", "integrations"),
     "testing": ("inference",),
-    "__init__": ("inference", "integrations", "testing"),
+    "__init__": ("inference", "evidence", "integrations", "testing"),
     "_report": ("__init__",),
     "_demo": ("_report", "targets", "baselines"),
     "__main__": ("_demo",),
@@ -69,6 +70,7 @@ LAZY_HOMES: dict[str, tuple[str, ...]] = {
     "jax": ("baselines",),
     "blackjax": ("baselines",),
     "tqdm": ("progress",),
+    "zuko": ("methods",),
     "pytest": ("testing",),
 }
 FORBIDDEN_ROOTS = ("experiments", "tests", "targets", "baselines")
