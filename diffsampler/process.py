@@ -9,6 +9,15 @@ Grid :math:`0 = t_0 < \dots < t_K = 1`, particles :math:`x_0 \to x_K`, where :ma
 Both kernels are Gaussians on the target's space. They are functions of the step index, the point and the target's score
 there, so that a whole trajectory is evaluated in one call and no score is computed twice. Every method of the family
 (PIS, DDS, DIS, CMCD, ...) is a choice of these functions.
+
+Usually a state is a point. A chain may carry more: velocities, or a context on which the target depends. Then one step
+is
+
+.. math::
+   y_{k+1} = S_k(y_k \text{ with } \xi \text{ in place}), \qquad \xi \sim F_k(\cdot | y_k),
+
+where the Gaussian draws one part of the state (:meth:`Process.drawn`) and the shift :math:`S_k`, the same for both
+directions and of unit Jacobian, moves the rest; backwards, :math:`\xi \sim B_k(\cdot | S_k^{-1} y_{k+1})`.
 """
 
 from __future__ import annotations
@@ -52,6 +61,8 @@ class Process(nn.Module, ABC):
         learns_initial: Whether the initial law has parameters.
         has_anchors: Whether :meth:`log_anchor` is defined (needs ``needs_score``).
         has_bridge: Whether :meth:`sample_bridge` is defined: the backward chain is fixed and linear.
+        learns_anchors: Whether anchors have parameters (a flow function, a schedule).
+        has_shift: Whether :meth:`shift` moves anything; then backward kernels see the score at the step's start.
     """
 
     def __init__(
@@ -65,6 +76,8 @@ class Process(nn.Module, ABC):
         learns_initial: bool = False,
         has_anchors: bool = False,
         has_bridge: bool = False,
+        learns_anchors: bool = False,
+        has_shift: bool = False,
     ) -> None:
         super().__init__()
         if num_steps < 1:
@@ -77,6 +90,8 @@ class Process(nn.Module, ABC):
         self.learns_initial = learns_initial
         self.has_anchors = has_anchors
         self.has_bridge = has_bridge
+        self.learns_anchors = learns_anchors
+        self.has_shift = has_shift
 
     @abstractmethod
     def sample_initial(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -90,9 +105,43 @@ class Process(nn.Module, ABC):
     def forward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
         """``F_k(. | x_k)`` for ``k`` in ``0..K-1``; ``score`` is the target's score at ``x``."""
 
+    # Points in, points out for most chains; those that carry more override these.
+
+    def observed(self, state: Tensor) -> Tensor:
+        """What the target is evaluated at, from states ``(..., S)``."""
+        return state
+
+    def point(self, state: Tensor) -> Tensor:
+        """The particles' positions ``(..., D)`` in states ``(..., S)``."""
+        return state
+
+    def drawn(self, state: Tensor) -> Tensor:
+        """The part of states ``(..., S)`` that the kernels draw, ``(..., D)``."""
+        return state
+
+    def place(self, state: Tensor, drawn: Tensor) -> Tensor:
+        """States with that part replaced."""
+        return drawn
+
+    def shift(self, k: Tensor, state: Tensor) -> Tensor:
+        """The map :math:`S_k` that ends step ``k``."""
+        return state
+
+    def unshift(self, k: Tensor, state: Tensor) -> Tensor:
+        """Its inverse."""
+        return state
+
+    def complete(self, x: Tensor, score: Tensor | None, *, generator: torch.Generator | None = None) -> Tensor:
+        """Terminal states for points ``x`` of the target: what is carried, drawn from its law at the end."""
+        return x
+
+    def log_carried(self, state: Tensor, score: Tensor | None) -> Tensor:
+        """Log density ``(...)`` of what terminal states carry beside the point, float64; zero for nothing random."""
+        return state.new_zeros(state.shape[:-1], dtype=torch.float64)
+
     @abstractmethod
     def backward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
-        """``B_k(. | x_{k+1})`` for ``k`` in ``0..K-1``; ``x`` and ``score`` belong to step ``k + 1``."""
+        """``B_k(. | x_{k+1})`` for ``k`` in ``0..K-1``; ``x`` and ``score`` belong to step ``k + 1``, shifted back."""
 
     def log_anchor(self, k: Tensor, x: Tensor, log_prob: Tensor) -> Tensor:
         """Unnormalized log density ``log pi_k`` that segments of trajectories refer to, shape ``(...)``, float64.

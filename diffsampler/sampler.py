@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from diffsampler.estimators import Estimate
 from diffsampler.objective import LogVariance, Objective
 from diffsampler.particles import Particles
 from diffsampler.process import Process
+from diffsampler.sources import Source
 from diffsampler.target import CountedTarget, Target
 from diffsampler.training import Recipe, fit
 from diffsampler.trajectory import simulate, simulate_backward
@@ -88,6 +89,7 @@ class DiffusionSampler(Sampler):
         seed: int = 0,
         bank: Tensor | None = None,
         bank_share: float = 0.5,
+        sources: Sequence[tuple[Source, float]] | None = None,
         clip_norm: float = 1.0,
         ema_decay: float = 0.998,
         spent: Callable[[], float] = lambda: 0.0,
@@ -105,6 +107,7 @@ class DiffusionSampler(Sampler):
             seed: Seed of all randomness in training.
             bank: Points ``(m, D)`` near the target (a pilot's particles), replayed backward as additional paths.
             bank_share: Share of the batch that comes from the bank.
+            sources: Sources of paths with their shares (:mod:`diffsampler.sources`), instead of fresh paths and a bank.
             clip_norm: Largest norm of a gradient.
             ema_decay: Decay of the parameter average that is used for sampling.
             spent: Share of an outside budget that is used up; training ends when it reaches 1.
@@ -134,6 +137,7 @@ class DiffusionSampler(Sampler):
             self.objective,
             recipe,
             bank=bank,
+            sources=sources,
             spent=spent,
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
@@ -164,7 +168,7 @@ class DiffusionSampler(Sampler):
         points, weights = [], []
         for size in self._batches(n):
             trajectory = simulate(self.process, self._counted, size, generator=generator)
-            points.append(trajectory.x[-1])
+            points.append(self.process.point(trajectory.x[-1]))
             weights.append(trajectory.log_weight)
         x, log_weight = torch.cat(points), torch.cat(weights)
         keep = x.isfinite().all(-1) & ~log_weight.isnan() & (log_weight < math.inf)

@@ -1,9 +1,6 @@
 r"""The training loop of learned diffusions, written once.
 
-Detached losses never keep a graph over time. Paths are simulated without a graph; the loss is differentiated with
-respect to the per-step log densities only, which gives one coefficient per (step, particle); and the exact parameter
-gradient is the coefficient-weighted sum of :math:`\log B_k - \log F_k`, taken in blocks of rows (constant memory,
-any paths: fresh, replayed or backward).
+Detached losses never keep a graph over time (:mod:`diffsampler.gradient`); pathwise ones keep one through the states.
 
 Checkpoints are written to a temporary file, synced and renamed, so that a kill or a full disk leaves the previous one
 whole; a resumed run repeats the uninterrupted one bit for bit on the same device.
@@ -14,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,21 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from diffsampler import estimators
+from diffsampler.gradient import accumulate_bridge_gradient, accumulate_gradient
 from diffsampler.objective import Objective
 from diffsampler.process import Process
+from diffsampler.sources import Draw, OnPolicy, Source, Stored
 from diffsampler.storage import save_atomic
 from diffsampler.target import Target
-from diffsampler.trajectory import (
-    CHUNK_ROWS,
-    Trajectory,
-    cat,
-    chunks,
-    log_kernels,
-    simulate,
-    simulate_backward,
-)
+from diffsampler.trajectory import Trajectory, cat
 
-__all__ = ["Recipe", "accumulate_gradient", "fit", "load_checkpoint", "save_checkpoint"]
+__all__ = ["Recipe", "fit", "load_checkpoint", "save_checkpoint"]
+
+Sources = list[tuple[Source, float]]
 
 CHECKPOINT_NAME = "checkpoint.pt"
 FINAL_RATE = 0.03
@@ -76,45 +69,6 @@ class Recipe:
             raise ValueError(f"Expected bank_share in [0, 1]; got {self.bank_share}.")
 
 
-def accumulate_gradient(
-    process: Process, objective: Objective, trajectory: Trajectory, *, weight: float = 1.0, rows: int = CHUNK_ROWS
-) -> float:
-    """Add the exact gradient of ``weight * objective`` at fixed paths to ``.grad`` and return the loss.
-
-    Arguments:
-        process: The chain that is trained.
-        objective: A detached loss.
-        trajectory: Paths without a graph, from any source, with log densities of the current process.
-        weight: Factor of the gradient.
-        rows: Largest number of (step, particle) rows per network call.
-    """
-    leaves = {
-        name: getattr(trajectory, name).detach().requires_grad_()
-        for name in ("log_forward", "log_backward", "log_initial")
-    }
-    loss = objective(_with(trajectory, leaves))
-    (weight * loss).backward()
-    zero = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    grads = {name: zero[name] if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
-    num_steps, batch = trajectory.log_forward.shape
-    for steps, particles in chunks(num_steps, batch, rows):
-        log_f, log_b = log_kernels(
-            process, trajectory.x, trajectory.score, steps, particles, backward=process.learns_backward
-        )
-        assert log_f is not None
-        surrogate = (grads["log_forward"][steps, particles] * log_f).sum()
-        if log_b is not None:
-            surrogate = surrogate + (grads["log_backward"][steps, particles] * log_b).sum()
-        surrogate.backward()
-    if process.learns_initial:
-        (grads["log_initial"] * process.log_initial(trajectory.x[0])).sum().backward()
-    return loss.item()
-
-
-def _with(trajectory: Trajectory, values: dict[str, Tensor]) -> Trajectory:
-    return Trajectory(**{**{name: getattr(trajectory, name) for name in trajectory.__dataclass_fields__}, **values})
-
-
 @dataclass
 class _Run:
     """Everything that a checkpoint holds besides its identity."""
@@ -124,6 +78,7 @@ class _Run:
     optimizer: torch.optim.Optimizer
     ema: dict[str, Tensor]
     generator: torch.Generator
+    sources: Sources
     step: int = 0
     seconds: float = 0.0
     skipped: int = 0
@@ -140,6 +95,7 @@ class _Run:
             "seconds": self.seconds,
             "skipped": self.skipped,
             "history": self.history,
+            "sources": [source.state() for source, _ in self.sources],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -154,6 +110,8 @@ class _Run:
         self.generator.set_state(state["generator"].cpu())
         self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
         self.history = state["history"]
+        for (source, _), stored in zip(self.sources, state["sources"], strict=True):
+            source.restore(stored)
 
 
 def fit(
@@ -163,6 +121,7 @@ def fit(
     recipe: Recipe,
     *,
     bank: Tensor | None = None,
+    sources: Sequence[tuple[Source, float]] | None = None,
     spent: Callable[[], float] = lambda: 0.0,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 200,
@@ -179,6 +138,7 @@ def fit(
         objective: The loss.
         recipe: Steps, batch size, learning rate, seed.
         bank: Terminal points ``(m, D)`` to replay backward as ``recipe.bank_share`` of every batch.
+        sources: Sources of paths and their shares of the batch, instead of fresh paths and the bank.
         spent: Share of an outside budget (seconds, evaluations) that is used up; training ends at 1.
         checkpoint: Folder for ``checkpoint.pt``; None keeps nothing.
         checkpoint_every: Steps between checkpoints.
@@ -194,10 +154,12 @@ def fit(
         ValueError: If the objective needs what is not given, or a checkpoint belongs to another configuration.
         RuntimeError: If training diverges.
     """
-    _check_sources(process, objective, bank)
+    chosen = _default_sources(objective, recipe, bank) if sources is None else list(sources)
+    _check_sources(process, objective, chosen, bank)
     identity = {**(identity or {}), **process.config(), "objective": type(objective).__name__, **vars(recipe)}
     identity["bank"] = None if bank is None else tuple(bank.shape)
-    run = _start(process, objective, recipe)
+    identity["sources"] = [f"{share:g} {source.config()}" for source, share in chosen]
+    run = _start(process, objective, recipe, chosen)
     folder = None if checkpoint is None else Path(checkpoint)
     if folder is not None and resume and (folder / CHECKPOINT_NAME).exists():
         run.restore(load_checkpoint(folder, identity))
@@ -210,7 +172,8 @@ def fit(
         rate = FINAL_RATE + (1.0 - FINAL_RATE) * 0.5 * (1.0 + math.cos(math.pi * share))
         for group in run.optimizer.param_groups:
             group["lr"] = recipe.learning_rate * group["factor"] * rate
-        entry = _step(run, target, recipe, bank)
+        use = Draw(process, target, run.generator, min(share, 1.0), objective.needs_path_gradient)
+        entry = _step(run, use, recipe, bank)
         run.step += 1
         run.seconds = time.monotonic() - began
         skipped_before = run.skipped if entry is not None else skipped_before
@@ -232,17 +195,16 @@ def fit(
     return run.history
 
 
-def _check_sources(process: Process, objective: Objective, bank: Tensor | None) -> None:
-    name = type(objective).__name__
-    if objective.on_policy_only and bank is not None:
-        raise ValueError(f"{name} needs on-policy trajectories; got a bank of particles to replay.")
-    if objective.needs_bridge and not process.has_bridge:
-        raise ValueError(f"{name} needs a process with closed-form bridges; {type(process).__name__} has none.")
-    if objective.needs_backward_paths and bank is None:
-        raise ValueError(f"{name} needs backward trajectories; pass bank=particles (target samples or stored points).")
+def _default_sources(objective: Objective, recipe: Recipe, bank: Tensor | None) -> Sources:
+    """Fresh paths, and backward ones from the bank if there is one."""
+    fresh: tuple[Source, float] = (OnPolicy(), 1.0 if bank is None else 1.0 - recipe.bank_share)
+    if bank is None:
+        return [fresh]
+    stored: tuple[Source, float] = (Stored(bank), 1.0 if objective.needs_backward_paths else recipe.bank_share)
+    return [stored] if objective.needs_backward_paths else [pair for pair in (fresh, stored) if pair[1] > 0.0]
 
 
-def _start(process: Process, objective: Objective, recipe: Recipe) -> _Run:
+def _start(process: Process, objective: Objective, recipe: Recipe, sources: Sources) -> _Run:
     network = [p for name, p in process.named_parameters() if name.startswith("control.")]
     schedule = [p for name, p in process.named_parameters() if not name.startswith("control.")]
     own = [p for p in objective.parameters() if p.requires_grad]
@@ -256,19 +218,23 @@ def _start(process: Process, objective: Objective, recipe: Recipe) -> _Run:
     device = next(process.parameters()).device
     ema = {name: p.detach().clone() for name, p in process.named_parameters()}
     generator = torch.Generator(device).manual_seed(recipe.seed)
-    return _Run(process, objective, optimizer, ema, generator)
+    return _Run(process, objective, optimizer, ema, generator, sources)
 
 
-def _step(run: _Run, target: Target, recipe: Recipe, bank: Tensor | None) -> dict[str, float] | None:
+def _step(run: _Run, use: Draw, recipe: Recipe, bank: Tensor | None) -> dict[str, float] | None:
     """One gradient step; None when no finite gradient was found and the parameters stayed as they were."""
     run.optimizer.zero_grad()
     weight = 1.0 / run.process.space.dof
     if run.objective.needs_bridge:
         assert bank is not None
-        loss = _bridge_gradient(run, target, bank, recipe.batch_size * BRIDGE_STEPS, weight)
+        rows = recipe.batch_size * BRIDGE_STEPS
+        loss = accumulate_bridge_gradient(
+            run.process, run.objective, use.target, bank, rows, generator=use.generator, weight=weight
+        )
         return {"loss": loss} if _update(run, recipe, loss) else None
-    trajectory = _draw(run, target, recipe, bank)
-    finite = trajectory.log_weight.detach().isfinite()
+    trajectory, fresh = _draw(use, run.sources, recipe.batch_size)
+    log_weight = trajectory.log_weight.detach()
+    finite = log_weight.isfinite()
     kept = trajectory if bool(finite.all()) else trajectory.select(finite)
     loss = math.nan
     if int(finite.sum()) >= 2:
@@ -280,36 +246,9 @@ def _step(run: _Run, target: Target, recipe: Recipe, bank: Tensor | None) -> dic
             loss = accumulate_gradient(run.process, run.objective, kept, weight=weight)
     if not _update(run, recipe, loss):
         return None
-    fresh = trajectory.log_weight.detach()[: _fresh_size(recipe, bank)]
-    return _summary(fresh[fresh.isfinite()], loss)
-
-
-def _bridge_gradient(run: _Run, target: Target, bank: Tensor, rows: int, weight: float) -> float:
-    """Gradient of the bridge likelihood on ``rows`` single steps."""
-    process, generator = run.process, run.generator
-    with torch.no_grad():
-        end = bank[torch.randint(bank.shape[0], (rows,), generator=generator, device=bank.device)]
-        k = torch.randint(process.num_steps, (rows,), generator=generator, device=bank.device)
-        after = process.sample_bridge(k + 1, end, generator=generator)
-        kernel = process.backward(k, after, None)
-        noise = process.space.noise((rows,), like=after, generator=generator)
-        before = process.space.project(kernel.mean + kernel.variance.sqrt() * noise)
-        score = target.log_prob_and_score(before)[1].to(before.dtype) if process.needs_score else None
-    log_forward = process.space.log_gaussian(after, *process(k, before, score))
-    nothing = torch.zeros_like(log_forward.detach())
-    pair = Trajectory(
-        x=torch.stack([before, after]),
-        score=None,
-        log_forward=log_forward.unsqueeze(0),
-        log_backward=nothing.unsqueeze(0),
-        log_initial=nothing,
-        log_terminal=nothing,
-        log_anchor=None,
-        on_policy=False,
-    )
-    loss = run.objective(pair)
-    (weight * loss).backward()
-    return loss.item()
+    for source, _ in run.sources:
+        source.learn(kept, use)
+    return _summary(log_weight[fresh & finite], loss)
 
 
 def _update(run: _Run, recipe: Recipe, loss: float) -> bool:
@@ -328,22 +267,42 @@ def _update(run: _Run, recipe: Recipe, loss: float) -> bool:
     return True
 
 
-def _fresh_size(recipe: Recipe, bank: Tensor | None) -> int:
-    return recipe.batch_size if bank is None else round(recipe.batch_size * (1.0 - recipe.bank_share))
+def _check_sources(process: Process, objective: Objective, sources: Sources, bank: Tensor | None) -> None:
+    name = type(objective).__name__
+    if objective.needs_bridge:
+        if not process.has_bridge:
+            raise ValueError(f"{name} needs a process with closed-form bridges; {type(process).__name__} has none.")
+        if bank is None:
+            raise ValueError(
+                f"{name} needs backward trajectories; pass bank=particles (target samples or stored points)."
+            )
+    for source, share in sources:
+        kind = type(source).__name__
+        if not share > 0.0:
+            raise ValueError(f"Expected shares of sources > 0; got {share} for {kind}.")
+        if objective.on_policy_only and not source.on_policy:
+            raise ValueError(f"{name} needs on-policy trajectories; {kind} makes others.")
+        if objective.needs_backward_paths and not source.backward:
+            raise ValueError(f"{name} needs backward trajectories; {kind} makes others. Pass bank=particles.")
+    if not sources[0][0].ready:
+        raise ValueError(
+            f"Expected a first source that can draw from the start; {type(sources[0][0]).__name__} cannot."
+        )
 
 
-def _draw(run: _Run, target: Target, recipe: Recipe, bank: Tensor | None) -> Trajectory:
-    """A batch of paths: fresh ones first, then backward ones from the bank."""
-    process, objective, generator = run.process, run.objective, run.generator
-    fresh = 0 if objective.needs_backward_paths else _fresh_size(recipe, bank)
-    parts = []
-    if fresh:
-        parts.append(simulate(process, target, fresh, generator=generator, path_gradient=objective.needs_path_gradient))
-    if bank is not None and fresh < recipe.batch_size:
-        count = recipe.batch_size - fresh
-        index = torch.randint(bank.shape[0], (count,), generator=generator, device=bank.device)
-        parts.append(simulate_backward(process, target, bank[index], generator=generator))
-    return parts[0] if len(parts) == 1 else cat(*parts)
+def _draw(use: Draw, sources: Sources, size: int) -> tuple[Trajectory, Tensor]:
+    """A batch of paths, and which of them are on policy, boolean ``(B,)``."""
+    ready = [(source, share) for source, share in sources if source.ready]
+    total = sum(share for _, share in sources)
+    counts = [round(size * share / total) for _, share in ready]
+    # Rounding, and the share of sources that cannot draw yet, go to the first.
+    counts[0] = size - sum(counts[1:])
+    parts = [source.draw(n, use) for (source, _), n in zip(ready, counts, strict=True) if n]
+    fresh = [torch.full((n,), source.on_policy) for (source, _), n in zip(ready, counts, strict=True) if n]
+    batch = parts[0]
+    for part in parts[1:]:
+        batch = cat(batch, part)
+    return batch, torch.cat(fresh).to(batch.log_initial.device)
 
 
 def _summary(log_weight: Tensor, loss: float) -> dict[str, float]:

@@ -29,7 +29,7 @@ class Trajectory:
     """A batch of ``B`` paths of ``K`` steps with everything that weights and losses need."""
 
     x: Tensor
-    """States, shape ``(K + 1, B, D)``."""
+    """States, shape ``(K + 1, B, S)``; points, ``S = D``, unless the process carries more."""
     score: Tensor | None
     """The target's score at the states, shape ``(K + 1, B, D)``, if the process needs it."""
     log_forward: Tensor
@@ -39,11 +39,13 @@ class Trajectory:
     log_initial: Tensor
     """``log p_0(x_0)``, shape ``(B,)``, float64."""
     log_terminal: Tensor
-    """``log rho(x_K)``, shape ``(B,)``, float64."""
+    """``log rho(x_K)``, shape ``(B,)``, float64, with the log density of what the state carries beside the point."""
     log_anchor: Tensor | None
     """Anchor log densities with the end points' own, shape ``(K + 1, B)``, float64, if the process has them."""
     on_policy: bool
     """Whether the paths were drawn from the forward chain itself."""
+    log_prob: Tensor | None = None
+    """``log rho`` at all states, shape ``(K + 1, B)``, float64, if the process has anchors."""
 
     @property
     def num_steps(self) -> int:
@@ -86,6 +88,7 @@ class Trajectory:
             log_initial=self.log_initial[index],
             log_terminal=self.log_terminal[index],
             log_anchor=None if self.log_anchor is None else self.log_anchor[:, index],
+            log_prob=None if self.log_prob is None else self.log_prob[:, index],
         )
 
 
@@ -104,6 +107,7 @@ def cat(first: Trajectory, second: Trajectory) -> Trajectory:
         log_terminal=torch.cat([first.log_terminal, second.log_terminal]),
         log_anchor=join(first.log_anchor, second.log_anchor, 1),
         on_policy=first.on_policy and second.on_policy,
+        log_prob=join(first.log_prob, second.log_prob, 1),
     )
 
 
@@ -129,11 +133,16 @@ def log_kernels(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Evaluate ``log F_k`` and ``log B_k``, each ``(S, b)``, on a block of (step, particle) pairs in one call."""
     k = torch.arange(steps.start, steps.stop, device=x.device).unsqueeze(-1)
-    here, there = x[steps, particles], x[steps.start + 1 : steps.stop + 1, particles]
+    ahead = slice(steps.start + 1, steps.stop + 1)
+    here, there = x[steps, particles], process.unshift(k, x[ahead, particles])
     score_here = None if score is None else score[steps, particles]
-    score_there = None if score is None else score[steps.start + 1 : steps.stop + 1, particles]
-    log_f = process.space.log_gaussian(there, *process(k, here, score_here)) if forward else None
-    log_b = process.space.log_gaussian(here, *process.backward(k, there, score_there)) if backward else None
+    # Shifted back, a state of a chain with a shift is at the point where the step began.
+    score_there = score_here if score is None or process.has_shift else score[ahead, particles]
+    log_f, log_b = None, None
+    if forward:
+        log_f = process.space.log_gaussian(process.drawn(there), *process(k, here, score_here))
+    if backward:
+        log_b = process.space.log_gaussian(process.drawn(here), *process.backward(k, there, score_there))
     return log_f, log_b
 
 
@@ -144,6 +153,7 @@ def simulate(
     *,
     generator: torch.Generator | None = None,
     path_gradient: bool = False,
+    exploration: float = 0.0,
 ) -> Trajectory:
     """Run the forward chain from ``n`` draws of the initial law.
 
@@ -153,6 +163,8 @@ def simulate(
         n: Number of paths.
         generator: Source of randomness.
         path_gradient: Keep the graph through the states (for pathwise losses); otherwise nothing has a graph.
+        exploration: Draw with standard deviations larger by this share. Log densities stay those of the chain itself,
+            so the paths serve off-policy losses; their weights say nothing about ``Z``.
     """
     with torch.set_grad_enabled(path_gradient), nullcontext() if path_gradient else process.tabulated():
         x = process.sample_initial(n, generator=generator)
@@ -160,17 +172,24 @@ def simulate(
         for k in torch.arange(process.num_steps, device=x.device):
             seen.append(_observe(process, target, x, path_gradient=path_gradient))
             kernel = Gaussian(*process(k, x, seen[-1].score))
-            noise = process.space.noise((n,), like=x, generator=generator)
-            x = process.space.project(kernel.mean + kernel.variance.sqrt() * noise)
+            x = process.shift(k, process.place(x, _draw(process, kernel, 1.0 + exploration, generator)))
             states.append(x)
             kernels.append(kernel)
         seen.append(_observe(process, target, x, path_gradient=path_gradient, terminal=True))
         path, score = torch.stack(states), _stack([s.score for s in seen])
         mean = torch.stack([kernel.mean for kernel in kernels])
         variance = torch.stack([kernel.variance.expand(n, kernel.variance.shape[-1]) for kernel in kernels])
-        log_forward = process.space.log_gaussian(path[1:], mean, variance)
+        k = torch.arange(process.num_steps, device=x.device).unsqueeze(-1)
+        drawn = process.drawn(process.unshift(k, path[1:]))
+        log_forward = process.space.log_gaussian(drawn, mean, variance)
         log_backward = _log_all(process, path, score, forward=False)[1]
-        return _record(process, path, score, seen, log_forward, log_backward, on_policy=True)
+        return _record(process, path, score, seen, log_forward, log_backward, on_policy=exploration == 0.0)
+
+
+def _draw(process: Process, kernel: Gaussian, factor: float, generator: torch.Generator | None) -> Tensor:
+    """A draw of a kernel with means ``(B, D)``."""
+    noise = process.space.noise(tuple(kernel.mean.shape[:-1]), like=kernel.mean, generator=generator)
+    return process.space.project(kernel.mean + factor * kernel.variance.sqrt() * noise)
 
 
 def simulate_backward(
@@ -183,12 +202,16 @@ def simulate_backward(
     """
     with torch.no_grad():
         seen = [_observe(process, target, x, path_gradient=False, terminal=True)]
+        x = process.complete(x, seen[-1].score, generator=generator)
         states = [x]
         for k in torch.arange(process.num_steps - 1, -1, -1, device=x.device):
+            x = process.unshift(k, x)
+            if process.has_shift:
+                seen.append(_observe(process, target, x, path_gradient=False))
             kernel = process.backward(k, x, seen[-1].score)
-            noise = process.space.noise((x.shape[0],), like=x, generator=generator)
-            x = process.space.project(kernel.mean + kernel.variance.sqrt() * noise)
-            seen.append(_observe(process, target, x, path_gradient=False))
+            x = process.place(x, _draw(process, kernel, 1.0, generator))
+            if not process.has_shift:
+                seen.append(_observe(process, target, x, path_gradient=False))
             states.append(x)
         seen.reverse()
         path, score = torch.stack(states[::-1]), _stack([s.score for s in seen])
@@ -203,8 +226,9 @@ class _Seen(NamedTuple):
     score: Tensor | None
 
 
-def _observe(process: Process, target: Target, x: Tensor, *, path_gradient: bool, terminal: bool = False) -> _Seen:
+def _observe(process: Process, target: Target, state: Tensor, *, path_gradient: bool, terminal: bool = False) -> _Seen:
     """Density and score at a state, each computed only if somebody needs it."""
+    x = process.observed(state)
     if not process.needs_score:
         return _Seen(target.log_prob(x).double() if terminal else None, None)
     if not path_gradient:
@@ -249,9 +273,10 @@ def _record(
     *,
     on_policy: bool,
 ) -> Trajectory:
-    log_terminal = seen[-1].log_prob
+    assert seen[-1].log_prob is not None
+    log_terminal = seen[-1].log_prob + process.log_carried(x[-1], seen[-1].score)
     log_initial = process.log_initial(x[0])
-    anchor = None
+    anchor, levels = None, None
     if process.has_anchors:
         levels = torch.stack([s.log_prob for s in seen])  # type: ignore[misc]
         k = torch.arange(process.num_steps + 1, device=x.device).unsqueeze(-1)
@@ -262,7 +287,8 @@ def _record(
         log_forward=log_forward,
         log_backward=log_backward,
         log_initial=log_initial,
-        log_terminal=log_terminal,  # type: ignore[arg-type]
+        log_terminal=log_terminal,
         log_anchor=anchor,
         on_policy=on_policy,
+        log_prob=levels,
     )

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from diffsampler import DIS, targets
+from diffsampler.gradient import accumulate_gradient
 from diffsampler.objective import LogVariance
-from diffsampler.training import accumulate_gradient
 from diffsampler.trajectory import simulate
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffsampler import targets
+from diffsampler.gradient import accumulate_gradient
 from diffsampler.methods.cmcd import CMCDProcess
 from diffsampler.methods.dis import DISProcess
 from diffsampler.methods.pis import PISProcess
@@ -31,7 +32,6 @@ from diffsampler.process import Process
 from diffsampler.schedule import variance_preserving
 from diffsampler.space import Euclidean
 from diffsampler.target import Target
-from diffsampler.training import accumulate_gradient
 from diffsampler.trajectory import Trajectory, cat, log_kernels, simulate, simulate_backward
 
 # The identity between gradients

@@ -19,6 +19,7 @@ from cases import EUCLIDEAN, F64, MAKERS, gaussian, mixture
 from torch import Tensor
 
 from diffsampler import storage, training
+from diffsampler.gradient import accumulate_gradient
 from diffsampler.methods.cmcd import CMCD, CMCDProcess
 from diffsampler.methods.dds import DDS
 from diffsampler.methods.dis import DIS
@@ -35,9 +36,10 @@ from diffsampler.objective import (
 from diffsampler.process import Process
 from diffsampler.sampler import DiffusionSampler
 from diffsampler.schedule import variance_preserving
+from diffsampler.sources import Draw, OnPolicy
 from diffsampler.space import Euclidean
 from diffsampler.target import Target
-from diffsampler.training import Recipe, accumulate_gradient, fit, load_checkpoint
+from diffsampler.training import Recipe, fit, load_checkpoint
 from diffsampler.trajectory import simulate
 
 SMALL = Recipe(steps=12, batch_size=16, learning_rate=5e-3)
@@ -248,10 +250,10 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_old_checkpoint(tmp_path: Pat
 def test_wrong_sources_are_refused():
     target, process = gaussian(), MAKERS["dds"](Euclidean(2), 3)
     bank = torch.zeros(5, 2)
-    with pytest.raises(ValueError, match="ReverseKL needs on-policy trajectories; got a bank"):
+    with pytest.raises(ValueError, match="ReverseKL needs on-policy trajectories; Stored makes others"):
         fit(process, target, ReverseKL(), SMALL, bank=bank)
     for objective in (ForwardKL(), BridgeLikelihood()):
-        with pytest.raises(ValueError, match="needs backward trajectories; pass bank="):
+        with pytest.raises(ValueError, match="needs backward trajectories;.* bank="):
             fit(process, target, objective, SMALL)
     with pytest.raises(ValueError, match="BridgeLikelihood needs a process with closed-form bridges; CMCDProcess has"):
         fit(MAKERS["cmcd"](Euclidean(2), 3), target, BridgeLikelihood(), SMALL, bank=bank)
@@ -328,7 +330,7 @@ def test_a_batch_without_two_finite_paths_is_skipped_not_fatal():
 
 def test_parameters_learn_at_their_own_rates():
     process, objective = CMCDProcess(Euclidean(2), 4, width=8), TrajectoryBalance(0.0)
-    run = training._start(process, objective, SMALL)
+    run = training._start(process, objective, SMALL, [(OnPolicy(), 1.0)])
     groups = {group["factor"]: {id(p) for p in group["params"]} for group in run.optimizer.param_groups}
     assert groups.keys() == {1.0, training.SCHEDULE_RATE, training.OBJECTIVE_RATE}
     assert groups[training.OBJECTIVE_RATE] == {id(objective.log_normalizer)}
@@ -468,13 +470,14 @@ def test_training_is_reproducible_and_seeded():
 
 def test_replayed_share_of_the_batch():
     process, target = MAKERS["dds"](Euclidean(2), 3), mixture()
-    run = training._start(process, LogVariance(), SMALL)
-    bank = torch.full((5, 2), 0.5)
     recipe = Recipe(steps=1, batch_size=16, bank_share=0.25)
-    trajectory = training._draw(run, target, recipe, bank)
+    sources = training._default_sources(LogVariance(), recipe, torch.full((5, 2), 0.5))
+    use = Draw(process, target, torch.Generator().manual_seed(0), 0.0)
+    trajectory, fresh = training._draw(use, sources, 16)
     assert int((trajectory.x[-1] == 0.5).all(-1).sum()) == 4 and trajectory.x.shape[1] == 16
     assert bool((trajectory.x[-1, 12:] == 0.5).all()), "fresh paths come first"
-    assert training._draw(run, target, recipe, None).on_policy
+    assert fresh.tolist() == [True] * 12 + [False] * 4
+    assert training._draw(use, [(OnPolicy(), 1.0)], 16)[0].on_policy
 
 
 def test_history_describes_fresh_paths_only():

@@ -90,6 +90,7 @@ class CMCDProcess(Process):
             learns_backward=True,
             learns_initial=not self.uniform_prior,
             has_anchors=True,
+            learns_anchors=True,
         )
         self.local_steps = local_steps
         # Mean-free particles have no coordinates of their own: every scale is shared.

@@ -1,0 +1,103 @@
+r"""Where the paths of a training batch come from.
+
+Detached losses accept paths from any law whose support covers both chains. A :class:`Source` makes a share of every
+batch: fresh paths of the chain itself, exploratory ones, or backward paths from stored points. Whatever the source,
+log densities are those of the current chain, so gradients are exact and weights never see a training aid.
+
+References:
+    Trajectory balance: improved credit assignment in GFlowNets (Malkin et al., 2022), https://arxiv.org/abs/2201.13259
+    Improved off-policy training of diffusion samplers (Sendera et al., 2024), https://arxiv.org/abs/2402.05098
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from diffsampler.process import Process
+from diffsampler.target import Target
+from diffsampler.trajectory import Trajectory, simulate, simulate_backward
+
+__all__ = ["Draw", "OnPolicy", "Source", "Stored"]
+
+
+class Draw(NamedTuple):
+    """What a source may use."""
+
+    process: Process
+    target: Target
+    generator: torch.Generator
+    progress: float
+    """Share of the training that is done, in [0, 1)."""
+    path_gradient: bool = False
+    """Whether the states must carry a graph; only sources of on-policy paths can."""
+
+
+class Source(ABC):
+    """A source of paths; it may remember what it has seen, and that is part of a checkpoint."""
+
+    on_policy: bool = False
+    """Whether its paths follow the current forward chain."""
+    backward: bool = False
+    """Whether its paths come from the backward chain."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can draw yet; until then its share goes to the first source of the batch."""
+        return True
+
+    @abstractmethod
+    def draw(self, n: int, use: Draw) -> Trajectory:
+        """Draw ``n`` paths with log densities of the current process."""
+
+    def learn(self, trajectory: Trajectory, use: Draw) -> None:
+        """See the batch of a step that was made, all sources together."""
+        return
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must know, tensors and plain values."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Return to a :meth:`state`."""
+        return
+
+    def config(self) -> str:
+        """What identifies the source in a checkpoint."""
+        return type(self).__name__
+
+
+@final
+class OnPolicy(Source):
+    """Fresh paths of the forward chain."""
+
+    on_policy = True
+
+    def draw(self, n: int, use: Draw) -> Trajectory:
+        return simulate(use.process, use.target, n, generator=use.generator, path_gradient=use.path_gradient)
+
+
+@final
+class Stored(Source):
+    """Backward paths from fixed terminal points: target samples, or the particles of a pilot.
+
+    Arguments:
+        points: Terminal points, shape ``(m, D)``, drawn with equal chances.
+    """
+
+    backward = True
+
+    def __init__(self, points: Tensor) -> None:
+        if points.ndim != 2 or points.shape[0] < 1:
+            raise ValueError(f"Expected points of shape (m, D); got {tuple(points.shape)}.")
+        self.points = points
+
+    def draw(self, n: int, use: Draw) -> Trajectory:
+        index = torch.randint(self.points.shape[0], (n,), generator=use.generator, device=self.points.device)
+        return simulate_backward(use.process, use.target, self.points[index], generator=use.generator)
+
+    def config(self) -> str:
+        return f"Stored{tuple(self.points.shape)}"
