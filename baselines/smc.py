@@ -16,7 +16,7 @@ from diffsampler.space import Space
 from diffsampler.target import CountedTarget, Target
 from diffsampler.tempering import TemperedPath
 
-__all__ = ["SMC", "GaussianReference"]
+__all__ = ["SMC", "GaussianReference", "tempered_path"]
 
 
 @final
@@ -41,6 +41,27 @@ class GaussianReference(Target):
         device = None if generator is None else generator.device
         like = torch.zeros((), dtype=torch.float64, device=device)
         return self.space.project(self.scale * self.space.noise((n,), like=like, generator=generator))
+
+
+def tempered_path(target: Target, *, reference: Target | None, reference_scale: float | None) -> TemperedPath:
+    """The path to ``target`` from what the user gave, by default from the target's prior.
+
+    Arguments:
+        target: The density.
+        reference: Normalized law with a sampler.
+        reference_scale: Standard deviation of a Gaussian reference.
+
+    Raises:
+        ValueError: If neither a prior nor exactly one of ``reference`` and ``reference_scale`` is there.
+    """
+    if reference is not None and reference_scale is not None:
+        raise ValueError("Expected at most one of reference and reference_scale; got both.")
+    if reference_scale is not None:
+        reference = GaussianReference(target.space, scale=reference_scale)
+    reference = target.prior if reference is None else reference
+    if reference is None:
+        raise ValueError("Expected reference or reference_scale for a target without a prior; got neither.")
+    return TemperedPath(reference, target)
 
 
 @final
@@ -82,16 +103,9 @@ class SMC(Sampler):
         step_size: float | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        if reference is not None and reference_scale is not None:
-            raise ValueError("Expected at most one of reference and reference_scale; got both.")
-        if reference_scale is not None:
-            reference = GaussianReference(target.space, scale=reference_scale)
-        reference = target.prior if reference is None else reference
-        if reference is None:
-            raise ValueError("Expected reference or reference_scale for a target without a prior; got neither.")
         self.target = target
         self._counted = CountedTarget(target)
-        self.path = TemperedPath(reference, self._counted)
+        self.path = tempered_path(self._counted, reference=reference, reference_scale=reference_scale)
         self.kernel = kernel
         self.num_islands = num_islands
         self.two_pass = two_pass

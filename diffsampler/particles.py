@@ -27,6 +27,9 @@ class Particles:
         has_normalizer: Whether the weights estimate the normalizing constant (False for MCMC chains).
         effective: Effective sample size known from elsewhere (autocorrelation of chains), instead of the weights'.
         nonfinite: Number of particles that were lost to non-finite values.
+        known_replicates: ``log Z`` of each block known from elsewhere (the ladder of parallel tempering), shape
+            ``(replicates,)``, instead of the weights'. Blocks of chains keep equal weights in expectations: to weight
+            them by a noisy estimate of Z would add that noise to all of them.
     """
 
     x: Tensor
@@ -35,6 +38,7 @@ class Particles:
     has_normalizer: bool = True
     effective: float | None = None
     nonfinite: int = 0
+    known_replicates: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.x.ndim != 2 or self.log_weight.shape != self.x.shape[:1]:
@@ -46,6 +50,12 @@ class Particles:
             raise TypeError(f"Expected log_weight in float64; got {self.log_weight.dtype}.")
         if self.replicates < 1 or self.x.shape[0] % self.replicates:
             raise ValueError(f"Expected replicates to divide {self.x.shape[0]} particles; got {self.replicates}.")
+        known = self.known_replicates
+        if known is not None and (known.shape != (self.replicates,) or not self.has_normalizer):
+            raise ValueError(
+                f"Expected known_replicates of shape {(self.replicates,)} with has_normalizer=True; "
+                f"got {tuple(known.shape)} and {self.has_normalizer}."
+            )
 
     def __len__(self) -> int:
         return self.x.shape[0]
@@ -53,6 +63,8 @@ class Particles:
     @cached_property
     def log_replicates(self) -> Tensor:
         """``log Z`` of each independent block, shape ``(replicates,)``."""
+        if self.known_replicates is not None:
+            return self.known_replicates
         blocks = self.log_weight.reshape(self.replicates, -1)
         return torch.logsumexp(blocks, -1) - math.log(blocks.shape[-1])
 
@@ -61,7 +73,7 @@ class Particles:
         """``log Z`` with a standard error: delta method for independent particles, spread of the blocks otherwise."""
         if not self.has_normalizer:
             return Estimate(math.nan, math.nan, "unavailable")
-        if self.replicates > 1:
+        if self.replicates > 1 or self.known_replicates is not None:
             return estimators.replicate_log_normalizer(self.log_replicates)
         return estimators.importance_log_normalizer(self.log_weight)
 

@@ -75,7 +75,7 @@ def diagnose(particles: Particles) -> list[Finding]:
                     "Use more particles per island.",
                 )
             )
-    if particles.replicates > 1 and not particles.has_normalizer:
+    if particles.replicates > 1 and (particles.known_replicates is not None or not particles.has_normalizer):
         worst = _worst_r_hat(particles)
         if not worst <= 1.05:
             findings.append(

@@ -98,14 +98,14 @@ class TemperedPath:
             score_reference = torch.full_like(score_target, math.nan)
         return Points(z, x, log_reference, log_target.double(), score_reference.to(x), score_target.to(x))
 
-    def density(self, beta: float, *, coordinates: Transport | None = None) -> TemperedDensity:
-        """The log density at one temperature, as kernels take it."""
+    def density(self, beta: float | Tensor, *, coordinates: Transport | None = None) -> TemperedDensity:
+        """The log density at one temperature, or at one for each point ``(n,)``, as kernels take it."""
         return TemperedDensity(self, beta, coordinates=coordinates)
 
 
 @final
 class TemperedDensity:
-    r"""The log density of the path at one temperature, in move coordinates.
+    r"""The log density of the path, in move coordinates, at one temperature or at one for each point.
 
     .. math:: z \mapsto \log\gamma_\beta(T(z)) + \log|\det \partial T / \partial z|
 
@@ -113,11 +113,14 @@ class TemperedDensity:
     :meth:`points` can hand over what the kernel's new positions already paid for. ``evaluations`` counts points.
     """
 
-    def __init__(self, path: TemperedPath, beta: float, *, coordinates: Transport | None = None) -> None:
-        if not 0.0 <= beta <= 1.0:
+    def __init__(self, path: TemperedPath, beta: float | Tensor, *, coordinates: Transport | None = None) -> None:
+        inside = bool(((beta >= 0.0) & (beta <= 1.0)).all()) if isinstance(beta, Tensor) else 0.0 <= beta <= 1.0
+        if not inside:
             raise ValueError(f"Expected beta in [0, 1]; got {beta}.")
         self.path = path
         self.beta = beta
+        # Particles that exchange temperatures need both ends always.
+        self.with_reference = isinstance(beta, Tensor) or beta < 1.0
         self.coordinates = coordinates
         self.evaluations = 0
         self.last: Points | None = None
@@ -125,12 +128,12 @@ class TemperedDensity:
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
         self.evaluations += z.shape[0]
         if self.coordinates is None:
-            self.last = self.path.evaluate(z, z, with_reference=self.beta < 1.0)
+            self.last = self.path.evaluate(z, z, with_reference=self.with_reference)
             return self._mix(self.last)
         with torch.enable_grad():
             leaf = z.detach().requires_grad_()
             x, log_det = self.coordinates.forward(leaf)
-        self.last = self.path.evaluate(z, x.detach(), with_reference=self.beta < 1.0)
+        self.last = self.path.evaluate(z, x.detach(), with_reference=self.with_reference)
         return self._pull_back(self.last, leaf, x, log_det)
 
     def state(self, points: Points) -> State:
@@ -156,12 +159,24 @@ class TemperedDensity:
 
     def _mix(self, points: Points) -> tuple[Tensor, Tensor]:
         # The end points are taken as they are: zero times minus infinity would be NaN.
+        if isinstance(self.beta, Tensor):
+            return self._mix_each(points, self.beta)
         if self.beta == 0.0:
             return points.log_reference, points.score_reference
         if self.beta == 1.0:
             return points.log_target, points.score_target
         log_prob = (1.0 - self.beta) * points.log_reference + self.beta * points.log_target
         return log_prob, torch.lerp(points.score_reference, points.score_target, self.beta)
+
+    @staticmethod
+    def _mix_each(points: Points, beta: Tensor) -> tuple[Tensor, Tensor]:
+        log_prob = (1.0 - beta) * points.log_reference + beta * points.log_target
+        log_prob = torch.where(beta == 0.0, points.log_reference, log_prob)
+        log_prob = torch.where(beta == 1.0, points.log_target, log_prob)
+        column = beta.unsqueeze(-1).to(points.x)
+        score = torch.lerp(points.score_reference, points.score_target, column)
+        score = torch.where(column == 0.0, points.score_reference, score)
+        return log_prob, torch.where(column == 1.0, points.score_target, score)
 
     def _pull_back(self, points: Points, z: Tensor, x: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
         log_prob, score = self._mix(points)
