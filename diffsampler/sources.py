@@ -21,7 +21,7 @@ from diffsampler.process import Process
 from diffsampler.target import Target
 from diffsampler.trajectory import Trajectory, simulate, simulate_backward
 
-__all__ = ["Draw", "OnPolicy", "Source", "Stored"]
+__all__ = ["Draw", "Exploratory", "OnPolicy", "Source", "Stored"]
 
 
 class Draw(NamedTuple):
@@ -54,15 +54,15 @@ class Source(ABC):
         """Draw ``n`` paths with log densities of the current process."""
 
     def learn(self, trajectory: Trajectory, use: Draw) -> None:
-        """See the batch of a step that was made, all sources together."""
+        """See the forward paths of a step that was made, whichever source drew them."""
         return
 
     def state(self) -> dict[str, Any]:
         """What a resumed run must know, tensors and plain values."""
         return {}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Return to a :meth:`state`."""
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        """Return to a :meth:`state`, on a device."""
         return
 
     def config(self) -> str:
@@ -78,6 +78,29 @@ class OnPolicy(Source):
 
     def draw(self, n: int, use: Draw) -> Trajectory:
         return simulate(use.process, use.target, n, generator=use.generator, path_gradient=use.path_gradient)
+
+
+@final
+class Exploratory(Source):
+    """Forward paths with larger noise, which reach modes that the chain does not know yet.
+
+    Arguments:
+        inflation: Share by which standard deviations are larger at the start.
+        until: Progress of the training at which the share has fallen linearly to zero.
+    """
+
+    def __init__(self, *, inflation: float = 0.3, until: float = 0.5) -> None:
+        if not inflation > 0.0 or not 0.0 < until <= 1.0:
+            raise ValueError(f"Expected inflation > 0 and until in (0, 1]; got {inflation} and {until}.")
+        self.inflation = inflation
+        self.until = until
+
+    def draw(self, n: int, use: Draw) -> Trajectory:
+        share = self.inflation * max(0.0, 1.0 - use.progress / self.until)
+        return simulate(use.process, use.target, n, generator=use.generator, exploration=share)
+
+    def config(self) -> str:
+        return f"Exploratory({self.inflation}, {self.until})"
 
 
 @final

@@ -169,8 +169,10 @@ def _log_normal(delta: Tensor, variance: Tensor, dof: int) -> Tensor:
     that the difference still holds); sums over steps and particles are float64.
     """
     point = variance == 0
-    log_norm = torch.where(point, torch.zeros_like(variance), LOG_2PI + variance.log())
-    variance = torch.where(point, torch.full_like(variance, math.inf), variance)
+    # Replaced before the logarithm: its infinite slope at zero would turn gradients of learned variances into NaN.
+    safe = torch.where(point, torch.ones_like(variance), variance)
+    log_norm = torch.where(point, torch.zeros_like(variance), LOG_2PI + safe.log())
+    variance = torch.where(point, torch.full_like(variance, math.inf), safe)
     if variance.shape[-1] == 1:
         # One isotropic variance stands for all degrees of freedom, a diagonal one for a single degree each.
         square = delta.square().sum(-1) / variance.squeeze(-1)

@@ -111,7 +111,7 @@ class _Run:
         self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
         self.history = state["history"]
         for (source, _), stored in zip(self.sources, state["sources"], strict=True):
-            source.restore(stored)
+            source.restore(stored, self.generator.device)
 
 
 def fit(
@@ -205,8 +205,8 @@ def _default_sources(objective: Objective, recipe: Recipe, bank: Tensor | None) 
 
 
 def _start(process: Process, objective: Objective, recipe: Recipe, sources: Sources) -> _Run:
-    network = [p for name, p in process.named_parameters() if name.startswith("control.")]
-    schedule = [p for name, p in process.named_parameters() if not name.startswith("control.")]
+    named = [(name.partition(".")[0].endswith("control"), p) for name, p in process.named_parameters()]
+    network, schedule = [p for yes, p in named if yes], [p for yes, p in named if not yes]
     own = [p for p in objective.parameters() if p.requires_grad]
     groups = [
         {"params": params, "factor": factor}
@@ -232,7 +232,7 @@ def _step(run: _Run, use: Draw, recipe: Recipe, bank: Tensor | None) -> dict[str
             run.process, run.objective, use.target, bank, rows, generator=use.generator, weight=weight
         )
         return {"loss": loss} if _update(run, recipe, loss) else None
-    trajectory, fresh = _draw(use, run.sources, recipe.batch_size)
+    trajectory, origin = _draw(use, run.sources, recipe.batch_size)
     log_weight = trajectory.log_weight.detach()
     finite = log_weight.isfinite()
     kept = trajectory if bool(finite.all()) else trajectory.select(finite)
@@ -246,9 +246,16 @@ def _step(run: _Run, use: Draw, recipe: Recipe, bank: Tensor | None) -> dict[str
             loss = accumulate_gradient(run.process, run.objective, kept, weight=weight)
     if not _update(run, recipe, loss):
         return None
-    for source, _ in run.sources:
-        source.learn(kept, use)
-    return _summary(log_weight[fresh & finite], loss)
+    sources = [source for source, _ in run.sources]
+    forward = trajectory.select(finite & _among(origin, [not source.backward for source in sources]))
+    for source in sources:
+        source.learn(forward, use)
+    return _summary(log_weight[finite & _among(origin, [source.on_policy for source in sources])], loss)
+
+
+def _among(origin: Tensor, chosen: list[bool]) -> Tensor:
+    """Which paths come from the chosen sources, boolean ``(B,)``."""
+    return torch.tensor(chosen, device=origin.device)[origin]
 
 
 def _update(run: _Run, recipe: Recipe, loss: float) -> bool:
@@ -269,6 +276,13 @@ def _update(run: _Run, recipe: Recipe, loss: float) -> bool:
 
 def _check_sources(process: Process, objective: Objective, sources: Sources, bank: Tensor | None) -> None:
     name = type(objective).__name__
+    if objective.needs_anchors and not process.has_anchors:
+        raise ValueError(f"{name} needs a process with anchor densities; {type(process).__name__} has none.")
+    if process.learns_shift and not objective.needs_path_gradient:
+        raise ValueError(
+            f"{name} is a loss at fixed paths, which cannot train the step sizes of {type(process).__name__}; "
+            "pass learn_steps=False, or a loss with a path gradient."
+        )
     if objective.needs_bridge:
         if not process.has_bridge:
             raise ValueError(f"{name} needs a process with closed-form bridges; {type(process).__name__} has none.")
@@ -291,18 +305,17 @@ def _check_sources(process: Process, objective: Objective, sources: Sources, ban
 
 
 def _draw(use: Draw, sources: Sources, size: int) -> tuple[Trajectory, Tensor]:
-    """A batch of paths, and which of them are on policy, boolean ``(B,)``."""
-    ready = [(source, share) for source, share in sources if source.ready]
+    """A batch of paths, and the number of each one's source, ``(B,)``."""
     total = sum(share for _, share in sources)
-    counts = [round(size * share / total) for _, share in ready]
+    counts = [round(size * share / total) if source.ready else 0 for source, share in sources]
     # Rounding, and the share of sources that cannot draw yet, go to the first.
     counts[0] = size - sum(counts[1:])
-    parts = [source.draw(n, use) for (source, _), n in zip(ready, counts, strict=True) if n]
-    fresh = [torch.full((n,), source.on_policy) for (source, _), n in zip(ready, counts, strict=True) if n]
+    parts = [source.draw(n, use) for (source, _), n in zip(sources, counts, strict=True) if n]
     batch = parts[0]
     for part in parts[1:]:
         batch = cat(batch, part)
-    return batch, torch.cat(fresh).to(batch.log_initial.device)
+    device = batch.log_initial.device
+    return batch, torch.repeat_interleave(torch.arange(len(counts), device=device), torch.tensor(counts, device=device))
 
 
 def _summary(log_weight: Tensor, loss: float) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import F64, MAKERS, HyperplaneGaussian, VonMises, mixture, perturb, torus_process
+from cases import F64, MAKERS, TORUS, HyperplaneGaussian, VonMises, mixture, perturb, torus_process
 from torch import Tensor
 
 from diffsampler import targets
@@ -20,8 +20,6 @@ from diffsampler.schedule import cosine_preserving, variance_exploding, variance
 from diffsampler.space import Euclidean, MeanFree, Torus
 from diffsampler.testing import check_process
 from diffsampler.testing.process import _check_weights
-
-TORUS = ["cmcd", "cmcd_local", "dis_exploding", "dis_exploding_fixed"]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -39,6 +37,7 @@ def test_processes_conform(name: str, std: float):
     done = check_process(process, target, generator=generator())
     assert {"record", "kernels", "declarations", "weights"} <= set(done)
     assert ("bridge" in done) == process.has_bridge and ("anchors" in done) == process.has_anchors
+    assert ("shift" in done) == process.has_shift
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -179,11 +178,12 @@ def test_kernels_integrate_to_one(name: str, direction: str):
     """On a line, by the trapezoidal rule over 16 standard deviations."""
     process = perturb(MAKERS[name](Euclidean(1), 4).double(), 0.2)
     x, score = torch.tensor([[0.7]], dtype=F64), torch.tensor([[-0.4]], dtype=F64)
+    state = process.complete(x, score, generator=generator()).detach()
     for k in range(4):
         with torch.no_grad():
-            mean, variance = getattr(process, direction)(torch.tensor(k), x, score)
+            mean, variance = getattr(process, direction)(torch.tensor(k), state, score)
             if float(variance) == 0.0:
-                assert name == "pis" and direction == "backward" and k == 0
+                assert name in ("pis", "gfn", "gfn_backward", "dgfs") and direction == "backward" and k == 0
                 continue
             grid = torch.linspace(-8.0, 8.0, 2001, dtype=F64).unsqueeze(-1) * variance.sqrt() + mean
             density = process.space.log_gaussian(grid, mean, variance).exp()
@@ -310,5 +310,6 @@ def test_mean_free_processes_are_equivariant_in_their_parameters():
         process = perturb(MAKERS[name](MeanFree(3, 2), 4).double(), 0.2)
         x = process.space.project(torch.randn(5, 6, generator=generator(), dtype=F64))
         with torch.no_grad():
-            for kernel in (process(torch.tensor(2), x, -x), process.backward(torch.tensor(2), x, -x)):
+            y = process.complete(x, -x, generator=generator())
+            for kernel in (process(torch.tensor(2), y, -x), process.backward(torch.tensor(2), y, -x)):
                 assert kernel.variance.shape[-1] == 1

@@ -473,10 +473,10 @@ def test_replayed_share_of_the_batch():
     recipe = Recipe(steps=1, batch_size=16, bank_share=0.25)
     sources = training._default_sources(LogVariance(), recipe, torch.full((5, 2), 0.5))
     use = Draw(process, target, torch.Generator().manual_seed(0), 0.0)
-    trajectory, fresh = training._draw(use, sources, 16)
+    trajectory, origin = training._draw(use, sources, 16)
     assert int((trajectory.x[-1] == 0.5).all(-1).sum()) == 4 and trajectory.x.shape[1] == 16
     assert bool((trajectory.x[-1, 12:] == 0.5).all()), "fresh paths come first"
-    assert fresh.tolist() == [True] * 12 + [False] * 4
+    assert origin.tolist() == [0] * 12 + [1] * 4
     assert training._draw(use, [(OnPolicy(), 1.0)], 16)[0].on_policy
 
 
