@@ -1,4 +1,4 @@
-"""Annealed importance sampling: unbiased at bad schedules in both directions, bounds that sandwich, options."""
+"""Annealed importance sampling and waste-free SMC: unbiased at bad schedules, error bars, options."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import pytest
 import torch
 from cases import crossing, deviation
 
+import diffsampler as ds
 from diffsampler import targets
 from diffsampler.annealing import anneal, linear_betas, sigmoid_betas, tune_schedule
+from diffsampler.baselines.ais import AIS
+from diffsampler.baselines.smc import WasteFreeSMC
 from diffsampler.kernel import Kernel, KernelParams
-from diffsampler.kernels import HMC, MALA, ULA
+from diffsampler.kernels import HMC, MALA, ULA, RandomWalk
 from diffsampler.space import Euclidean
 from diffsampler.target import FunctionTarget
-from diffsampler.tempering import TemperedPath
+from diffsampler.tempering import Schedule, TemperedPath
+from diffsampler.testing import check_sampler
+from diffsampler.wastefree import waste_free_smc
 
 F64 = torch.float64
 LOG_Z = math.log(0.5)
@@ -143,3 +148,117 @@ def test_bad_schedules_are_refused():
         sigmoid_betas(3, sharpness=0.0)
     with pytest.raises(ValueError, match="exact kernel"):
         tune_schedule(make_path(), linear_betas(3), ULA(Euclidean(2)), n=10, generator=generator())
+
+
+def gaussian() -> targets.Gaussian:
+    return targets.Gaussian([0.4, -0.3], scale=[0.8, 1.1], log_normalizer=0.7)
+
+
+SAMPLERS = {
+    "default": lambda t: AIS(t, reference_scale=2.0),
+    "linear": lambda t: AIS(t, reference_scale=2.0, betas=linear_betas(12), kernel=MALA(t.space)),
+    "unadjusted": lambda t: AIS(
+        t, reference_scale=2.0, betas=sigmoid_betas(12), kernel=ULA(t.space), step_size=0.02, num_moves=2
+    ),
+    "waste-free": lambda t: WasteFreeSMC(t, reference_scale=2.0),
+    "waste-free walk": lambda t: WasteFreeSMC(t, reference_scale=2.0, kernel=RandomWalk(t.space), chain_length=16),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_conform_and_fit(name: str):
+    sampler = SAMPLERS[name](gaussian())
+    assert {"normalizer", "expectations"} <= set(check_sampler(sampler, n=1024))
+    fit = ds.sample(sampler.target, method=SAMPLERS[name](sampler.target), num_samples=1000, seed=3)
+    # Five standard errors of Student's t with 15 degrees of freedom: 2e-4.
+    assert abs(fit.log_normalizer.value - 0.7) < 5.0 * fit.log_normalizer.std_error
+    assert fit.evaluations > 1000
+
+
+@pytest.mark.parametrize("betas", [(0.05, 1.0), (0.5, 0.6, 1.0), (1.0,)])
+@pytest.mark.parametrize("step_size", [1e-3, 1.5])
+def test_frozen_waste_free_smc_is_unbiased(betas: tuple[float, ...], step_size: float):
+    """1,000 islands of 24 particles at bad schedules: E[Zhat] = Z within 4 standard errors (6e-5 each)."""
+    count = len(betas)
+    scale = torch.ones(1, dtype=F64)
+    schedule = Schedule(betas, (step_size,) * count, (scale,) * count, (3,) * count, (True,) * count)
+    run = waste_free_smc(
+        make_path(),
+        kernel=MALA(Euclidean(2)),
+        num_chains=6,
+        chain_length=4,
+        num_islands=1000,
+        schedule=schedule,
+        generator=generator(5),
+    )
+    ratio = (run.particles.log_replicates - LOG_Z).exp()
+    assert abs(deviation(ratio, 1.0)) < 4.0
+    weight = (run.particles.log_weight - LOG_Z).exp().reshape(1000, -1)
+    first = (weight * (run.particles.x[:, 0] - 1.0).reshape(1000, -1)).mean(-1)
+    assert abs(deviation(first, 0.0)) < 4.0
+
+
+def test_waste_free_smc_that_forgets_ratios_fails():
+    """Negative control: an unadjusted kernel passed off as exact shifts the estimate."""
+    kernel = ULA(Euclidean(2))
+    kernel.exact = True
+    scale = torch.ones(1, dtype=F64)
+    schedule = Schedule((0.3, 1.0), (0.3,) * 2, (scale,) * 2, (15,) * 2, (True,) * 2)
+    run = waste_free_smc(
+        make_path(),
+        kernel=kernel,
+        num_chains=8,
+        chain_length=16,
+        num_islands=1000,
+        schedule=schedule,
+        generator=generator(5),
+    )
+    second = ((run.particles.x - torch.tensor([1.0, -0.5])) / torch.tensor([0.7, 1.2])).square().mean(-1)
+    assert abs(deviation(second.reshape(1000, -1).mean(-1), 1.0)) > 6.0
+
+
+def test_chain_variance_agrees_with_the_islands():
+    """One island's own variance estimate is that of 200 islands within a third, where chains mix."""
+    run = waste_free_smc(
+        make_path(),
+        kernel=HMC(Euclidean(2), num_steps=4),
+        num_chains=32,
+        chain_length=16,
+        num_islands=200,
+        generator=generator(1),
+        two_pass=True,
+    )
+    spread = float(run.particles.log_replicates.var())
+    assert 0.67 < float(run.chain_variance.mean()) / spread < 1.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kernel": ULA(Euclidean(2))}, "exact kernel"),
+        ({"num_chains": 1}, "num_chains"),
+        ({"chain_length": 1}, "chain_length"),
+        ({"num_islands": 0}, "num_islands"),
+        ({"conditional_ess": 1.0}, "conditional_ess"),
+        ({"schedule": Schedule()}, "ends at temperature 1"),
+    ],
+)
+def test_waste_free_options_are_checked(change: dict, message: str):
+    options = {"kernel": MALA(Euclidean(2)), "num_chains": 4, "chain_length": 4} | change
+    with pytest.raises(ValueError, match=message):
+        waste_free_smc(make_path(), generator=generator(), **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kernel": ULA(Euclidean(2))}, "step_size and betas"),
+        ({"step_size": 0.1}, "Expected betas"),
+        ({"betas": (0.5,)}, "exactly 1"),
+        ({"num_moves": 0}, "num_moves"),
+        ({"reference_scale": None}, "neither"),
+    ],
+)
+def test_ais_options_are_checked(change: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        AIS(gaussian(), **({"reference_scale": 2.0} | change))
