@@ -101,8 +101,11 @@ def anneal(
         stop: Asked between temperatures; True raises RuntimeError, since half a path has no weight.
 
     Raises:
-        ValueError: If the schedule does not increase to 1, or parameters and temperatures do not match.
+        ValueError: If the schedule does not increase to 1, parameters and temperatures do not match, or the kernel is
+            unadjusted and without a path weight.
     """
+    if not kernel.exact and not kernel.has_path_weight:
+        raise ValueError(f"Expected a kernel with a path weight; got {type(kernel).__name__}, which has none.")
     schedule = _steps(betas, params, num_moves)
     points = path.evaluate(x0, x0)
     broken = is_broken(State(x0, points.log_target, points.score_target))

@@ -58,6 +58,8 @@ class Info(NamedTuple):
     """Where the particles would have gone, velocities included, for adaptation that learns from refused moves too."""
     useful: Tensor | None = None
     """Evaluations whose result was used, shape ``(...)``, where chains wait for each other; None if all were."""
+    diverged: Tensor | None = None
+    """Boolean, shape ``(...)``: the trajectory lost its energy; None for kernels without trajectories."""
 
 
 class KernelParams(NamedTuple):
@@ -82,6 +84,8 @@ class Kernel(ABC):
     """Whether the kernel leaves the density that it is given exactly invariant."""
     target_acceptance: float
     """Acceptance rate that step-size adaptation should aim at."""
+    has_path_weight: bool = True
+    """Whether ``Info.log_ratio`` is the exact path term. Where it is not tractable the ratio is NaN, never a guess."""
 
     def __init__(self, space: Space) -> None:
         self.space = space

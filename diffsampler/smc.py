@@ -205,6 +205,8 @@ def smc(
 
 
 def _check_schedule(settings: _Settings, schedule: Schedule | None, *, two_pass: bool) -> None:
+    if not settings.kernel.exact and not settings.kernel.has_path_weight:
+        raise ValueError(f"Expected a kernel with a path weight; got {type(settings.kernel).__name__}, which has none.")
     if schedule is None:
         if not settings.kernel.exact and (settings.step_size is None or settings.num_moves is None):
             name = type(settings.kernel).__name__

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from diffsampler.kernel import Kernel, KernelParams
 from diffsampler.space import Space, Torus
@@ -22,7 +23,10 @@ def check_kernel(
 
     On a standard Gaussian (on a torus: von Mises angles) started from exact draws. Always: shapes and dtypes, a state
     that agrees with the density, seeds, refusal of non-finite proposals, and path weights of ``Info.log_ratio`` with
-    mean one. For exact kernels: the ratio is that of the densities, and the law stays.
+    mean one, or NaN where the kernel declares that it has none. For exact kernels: the ratio is that of the densities,
+    the law stays, and so does the joint law of parameters and data of a logistic model whose data are drawn anew after
+    every step (Geweke, "Getting it right: joint distribution tests of posterior simulators", 2004,
+    https://doi.org/10.1198/016214504000001132), where densities are not Gaussian and differ from chain to chain.
 
     Arguments:
         kernel: The kernel.
@@ -43,16 +47,18 @@ def check_kernel(
     start = _exact_draws(space, chains, generator)
     _check_steps(kernel, start, params, generator)
     _check_refusal(kernel, start, params, generator)
-    current, log_weight = kernel.init(start, _density(space)), -_density(space)(start)[0]
+    current, log_weight = kernel.init(start, _density(space), generator=generator), -_density(space)(start)[0]
     for _ in range(steps):
         current, info = kernel.step(current, _density(space), params, generator)
         log_weight = log_weight + info.log_ratio
     log_weight = log_weight + current.log_prob
-    weight = log_weight.exp()
-    z = abs(weight.mean().item() - 1.0) / (weight.std().item() / math.sqrt(chains) + 1e-9)
-    limit = normal_quantile(FALSE_ALARM)
-    require(z < limit, f"Expected path weights of mean one; got {weight.mean().item():.4f} ({z:.1f} standard errors).")
-    done = ["steps", "refusal", "path weights"]
+    done = ["steps", "refusal"]
+    if kernel.has_path_weight:
+        weight = log_weight.exp()
+        mean, error = weight.mean().item(), weight.std().item() / math.sqrt(chains)
+        z, limit = abs(mean - 1.0) / (error + 1e-9), normal_quantile(FALSE_ALARM)
+        require(z < limit, f"Expected path weights of mean one; got {mean:.4f} ({z:.1f} standard errors).")
+        done.append("path weights")
     if kernel.exact:
         # Reversed under its own law, the ratio is that of the densities: nothing is random in the path weight.
         error = log_weight.abs().max().item()
@@ -62,6 +68,8 @@ def check_kernel(
         name = "Expected an exact kernel to keep the law of exact draws"
         require_same_law(name, moments(space, current.x), moments(space, _exact_draws(space, chains, generator)))
         done.append("invariance")
+        _check_joint_law(kernel, start, params, generator, steps=steps)
+        done.append("joint law")
     require(torch.equal(state, torch.get_rng_state()), "Expected an explicit generator; the global one moved.")
     return tuple(done)
 
@@ -83,11 +91,51 @@ def _exact_draws(space: Space, n: int, generator: torch.Generator) -> Tensor:
     return angle.gather(-1, first).squeeze(-1)
 
 
+def _check_joint_law(
+    kernel: Kernel, start: Tensor, params: KernelParams, generator: torch.Generator, *, steps: int
+) -> None:
+    """Alternate a step of the kernel given the data with data given the parameters, from the joint law and back."""
+    space = kernel.space
+
+    def logits(x: Tensor) -> tuple[Tensor, Tensor]:
+        return (1.5 * x.sin(), 1.5 * x.cos()) if isinstance(space, Torus) else (1.5 * x, torch.full_like(x, 1.5))
+
+    def draw(x: Tensor) -> Tensor:
+        uniform = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        return (uniform < torch.sigmoid(logits(x)[0])).to(x)
+
+    def posterior(data: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        def density(x: Tensor) -> tuple[Tensor, Tensor]:
+            log_prior, score = _density(space)(x)
+            logit, slope = logits(x)
+            log_likelihood = (data * logit - softplus(logit)).sum(-1)
+            return log_prior + log_likelihood, score + space.project_vector(slope * (data - torch.sigmoid(logit)))
+
+        return density
+
+    def statistics(x: Tensor, data: Tensor) -> Tensor:
+        features = moments(space, x)
+        return torch.cat([features, data, (features.unsqueeze(-1) * data.unsqueeze(-2)).flatten(-2)], -1)
+
+    x, data = start, draw(start)
+    state = kernel.init(x, posterior(data), generator=generator)
+    for _ in range(steps):
+        density = posterior(data)
+        # What the kernel keeps beside positions is independent of the data, so it may stay.
+        log_prob, score = density(state.x)
+        state = state._replace(log_prob=log_prob, score=score)
+        state, _ = kernel.step(state, density, params, generator)
+        data = draw(state.x)
+    fresh = _exact_draws(space, len(x), generator)
+    name = "Expected an exact kernel to keep the joint law of parameters and data"
+    require_same_law(name, statistics(state.x, data), statistics(fresh, draw(fresh)))
+
+
 def _check_steps(kernel: Kernel, start: Tensor, params: KernelParams, generator: torch.Generator) -> None:
     space = kernel.space
     seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
     x = start[:24].unflatten(0, (4, 6))
-    state = kernel.init(x, _density(space))
+    state = kernel.init(x, _density(space), generator=generator)
     (new, info), (again, _) = (
         kernel.step(state, _density(space), params, torch.Generator(generator.device).manual_seed(seed))
         for _ in range(2)
@@ -111,6 +159,13 @@ def _check_steps(kernel: Kernel, start: Tensor, params: KernelParams, generator:
     log_prob, score = _density(space)(new.x)
     error = max((new.log_prob - log_prob).abs().max().item(), (new.score - score).abs().max().item())
     require(error < 1e-9, f"Expected a state that agrees with the density at its positions; it is {error:.2g} off.")
+    if new.velocity is not None:
+        require(new.velocity.shape == x.shape, f"Expected velocity of shape {tuple(x.shape)}; got another.")
+        error = (space.project_vector(new.velocity) - new.velocity).abs().max().item()
+        require(error < 1e-9, f"Expected velocities on the tangent space; the projection moves them by {error:.2g}.")
+    if not kernel.has_path_weight:
+        require(not kernel.exact, "Expected an exact kernel to have a path weight; it declares none.")
+        require(bool(info.log_ratio.isnan().all()), "Expected a log_ratio of NaN without a path weight; got numbers.")
     error = (space.project(new.x) - new.x).abs().max().item()
     require(error < 1e-9, f"Expected positions on the space; the projection moves them by {error:.2g}.")
 
@@ -124,10 +179,12 @@ def _check_refusal(kernel: Kernel, start: Tensor, params: KernelParams, generato
         return torch.where(x[..., 0] > 0.0, log_prob, torch.full_like(log_prob, math.nan)), score
 
     x = start[start[:, 0] > 0.0]
-    state, seen = kernel.init(x, broken), False
+    state, seen = kernel.init(x, broken, generator=generator), False
     for _ in range(5):
         state, info = kernel.step(state, broken, params, generator)
         seen = seen or bool(info.nonfinite.any())
-        kept = (state.x[..., 0] > 0.0) & state.log_prob.isfinite() & info.log_ratio.isfinite()
+        kept = (state.x[..., 0] > 0.0) & state.log_prob.isfinite()
+        if kernel.has_path_weight:
+            kept = kept & info.log_ratio.isfinite()
         require(bool(kept.all()), "Expected proposals without a finite density to be refused; some were taken.")
     require(seen, "Expected refused non-finite proposals in Info.nonfinite; none was reported.")
