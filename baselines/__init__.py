@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from diffsampler.baselines.chains import Chains
+from diffsampler.baselines.chees import ChEES
 from diffsampler.baselines.hmc import HMC
 from diffsampler.baselines.langevin import MALA, ULA
 from diffsampler.baselines.smc import SMC
@@ -11,7 +13,7 @@ from diffsampler.baselines.smc import SMC
 if TYPE_CHECKING:
     from diffsampler.baselines.pyro_nuts import PyroNUTS
 
-__all__ = ["HMC", "MALA", "SMC", "ULA", "PyroNUTS"]
+__all__ = ["HMC", "MALA", "SMC", "ULA", "Chains", "ChEES", "PyroNUTS"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,40 +3,72 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from typing import NamedTuple
+from abc import ABC
+from typing import Literal, NamedTuple, TypedDict, final
 
 import torch
 from pyro.ops.stats import effective_sample_size
 from torch import Tensor
 
-from diffsampler.kernel import Kernel, KernelParams, LogDensity, State
-from diffsampler.kernels.adaptation import DualAveraging, PooledVariance, reasonable_step_size, spread
+from diffsampler.baselines.warmup import Adapted, jittered, warm_up
+from diffsampler.kernel import Kernel, LogDensity, State
+from diffsampler.kernels.chees import ChEES
+from diffsampler.kernels.compiled import CompiledDensity, whiten
+from diffsampler.kernels.metric import DenseMetric, DiagonalMetric
 from diffsampler.particles import Particles
 from diffsampler.sampler import Sampler
-from diffsampler.target import CountedTarget, Target
+from diffsampler.target import Target
 
-__all__ = ["ChainSampler", "Warmup", "bulk_effective_sample_size"]
+__all__ = ["ChainOptions", "ChainSampler", "Chains", "bulk_effective_sample_size"]
+
+WORTH_TRACING = 2_000
+"""Gradient calls of a run below which compiling cannot pay, whatever the density."""
+SECONDS_PER_OPERATION = 5e-6
+"""What one small tensor operation costs when Python calls it."""
+WORTH_COMPILING = 10.0
+"""Seconds of such calls above which compiling pays; it takes about five."""
 
 
-class Warmup(NamedTuple):
-    """Where the chains are after adaptation, and the frozen parameters."""
+class ChainOptions(TypedDict, total=False):
+    """Options of every sampler of chains, explained and given their defaults by :class:`ChainSampler`."""
 
-    state: State
-    params: KernelParams
+    num_chains: int
+    warmup: int
+    thin: int
+    init: Tensor | None
+    init_scale: float
+    step_size: float | None
+    length: float | None
+    metric: Literal["diagonal", "dense"]
+    compile: Literal["auto", "on", "off"]
+    dtype: torch.dtype
+
+
+class _Record(NamedTuple):
+    """What the recorded phase leaves behind."""
+
+    x: Tensor
+    """Draws, shape ``(chains, draws, D)``."""
+    nonfinite: int
+    divergences: int
     evaluations: int
-    """Evaluations spent per chain."""
+    useful: float
 
 
-class ChainSampler(Sampler):
+class ChainSampler(Sampler, ABC):
     """Chains that start dispersed, adapt together, freeze, and record every state, accepted or not.
 
-    Step sizes follow the acceptance averaged over chains (dual averaging), the diagonal metric is the variance pooled
-    over chains in windows that double, as in Stan. The weights of the result are equal and carry no normalizer; its
-    effective sample size is the smallest over coordinates, across chains.
+    Step sizes follow the acceptance averaged over chains (dual averaging), the metric is pooled over chains in windows
+    that double, as in Stan. The weights of the result are equal and carry no normalizer; its effective sample size is
+    the smallest over coordinates, across chains.
 
     Arguments:
         target: The density.
+        kernel: The transition that is recorded.
+        warmup_kernel: An exact transition for the adaptation to listen to, ``kernel`` itself by default.
+        trajectory: What learns the length of trajectories, for kernels that take one; it is then varied from transition
+            to transition by a Halton sequence, and the step size follows the harmonic mean of the acceptance.
+        typical_evaluations: Gradients that a transition takes as a rule, for ``compile="auto"``.
         num_chains: Number of chains.
         warmup: Adaptation steps; none of them is recorded.
         thin: Record every so many steps.
@@ -44,23 +76,42 @@ class ChainSampler(Sampler):
             ``init_scale`` times Gaussian noise.
         init_scale: See ``init``.
         step_size: Fixed step size in units of the metric, instead of an adapted one.
+        length: Fixed length of trajectories (or time over which velocities decohere) in units of the metric, for
+            kernels that take one.
+        metric: ``"diagonal"``, or ``"dense"`` for correlated coordinates in at most a hundred or so dimensions.
+        compile: Compile the loops around the density (see :mod:`diffsampler.kernels.compiled`): ``"on"``, ``"off"``, or
+            ``"auto"``: where the number of calls foreseen times their number of operations says that it pays. The rule
+            knows no clock, so that equal seeds give equal numbers. The target must not change between calls of
+            :meth:`sample` then.
         dtype: Dtype of the particles.
 
+    Attributes:
+        adapted: What the last warm-up found: step size, metric, length, evaluations per chain, divergences.
+        lockstep_waste: Share of the recorded gradients that only waited for other chains, after :meth:`sample`.
+
     Raises:
-        ValueError: If ``init`` has the wrong shape or a number is out of range.
+        ValueError: If ``init`` has the wrong shape, a number is out of range, a choice is unknown, or a kernel without
+            acceptance test is given neither step size nor warm-up kernel.
     """
 
     def __init__(
         self,
         target: Target,
+        kernel: Kernel,
         *,
-        num_chains: int,
-        warmup: int,
-        thin: int,
-        init: Tensor | None,
-        init_scale: float,
-        step_size: float | None,
-        dtype: torch.dtype,
+        warmup_kernel: Kernel | None = None,
+        trajectory: ChEES | None = None,
+        typical_evaluations: float = 1.0,
+        num_chains: int = 64,
+        warmup: int = 500,
+        thin: int = 1,
+        init: Tensor | None = None,
+        init_scale: float = 1.0,
+        step_size: float | None = None,
+        length: float | None = None,
+        metric: Literal["diagonal", "dense"] = "diagonal",
+        compile: Literal["auto", "on", "off"] = "auto",  # noqa: A002
+        dtype: torch.dtype = torch.float64,
     ) -> None:
         if num_chains < 2:
             raise ValueError(f"Expected at least 2 chains; got {num_chains}.")
@@ -68,57 +119,118 @@ class ChainSampler(Sampler):
             raise ValueError(f"Expected warmup and thin to be positive integers; got {warmup} and {thin}.")
         if init is not None and init.shape != (num_chains, target.dim):
             raise ValueError(f"Expected init of shape {(num_chains, target.dim)}; got {tuple(init.shape)}.")
-        if step_size is not None and not step_size > 0.0:
-            raise ValueError(f"Expected step_size to be positive; got {step_size}.")
+        for name, number in (("step_size", step_size), ("length", length)):
+            if number is not None and not number > 0.0:
+                raise ValueError(f"Expected {name} to be positive; got {number}.")
+        for name, choice, known in (("metric", metric, METRICS), ("compile", compile, ("auto", "on", "off"))):
+            if choice not in known:
+                raise ValueError(f"Expected {name} to be one of {', '.join(known)}; got {choice!r}.")
+        if step_size is None and not (warmup_kernel or kernel).exact:
+            raise ValueError(f"Expected step_size or warmup_kernel for {type(kernel).__name__}, which never refuses.")
         self.target = target
-        self._counted = CountedTarget(target)
+        self.kernel = kernel
+        self.warmup_kernel = warmup_kernel or kernel
+        self.trajectory = trajectory
+        self.typical_evaluations = typical_evaluations
         self.num_chains = num_chains
         self.warmup = warmup
         self.thin = thin
         self.init = init
         self.init_scale = init_scale
         self.step_size = step_size
+        self.length = length
+        self.metric = METRICS[metric](target.space)
+        self.compile = compile
         self.dtype = dtype
-
-    @property
-    @abstractmethod
-    def kernel(self) -> Kernel:
-        """The transition that is recorded."""
-
-    @property
-    def warmup_kernel(self) -> Kernel:
-        """The exact transition that adaptation listens to."""
-        return self.kernel
+        self.adapted: Adapted | None = None
+        self.lockstep_waste = 0.0
+        self._evaluations = 0
+        self._compiled: CompiledDensity | None = None
 
     @property
     def evaluations(self) -> int:
         """Points at which the target's density and gradient were computed so far, warm-up included."""
-        return self._counted.evaluations
+        return self._evaluations
+
+    @property
+    def compilation(self) -> str:
+        """What became of ``compile``: ``"off"``, ``"on"``, or why something is evaluated in Python after all."""
+        if self._compiled is None:
+            return "off"
+        return self._compiled.failure or "on"
 
     def sample(self, n: int, *, seed: int = 0) -> Particles:
         """Draw at least ``n`` points, ``ceil(n / num_chains)`` from each chain, chain after chain."""
+        draws = max(math.ceil(n / self.num_chains), 1)
         generator = torch.Generator().manual_seed(seed)
-        log_density = self._counted.log_prob_and_score
-        start = self.warmup_kernel.init(self._start(generator), log_density)
-        if not bool((start.log_prob.isfinite() & start.score.isfinite().all(-1)).all()):
-            bad = start.x[~(start.log_prob.isfinite() & start.score.isfinite().all(-1))][0]
-            raise ValueError(f"Expected a finite density and score at the starting points; got none at {bad.tolist()}.")
-        state, params, _ = self._warm_up(start, log_density, generator)
-        draws, nonfinite = [], 0
-        for _ in range(max(math.ceil(n / self.num_chains), 1)):
-            for _ in range(self.thin):
-                state, info = self.kernel.step(state, log_density, params, generator)
-                nonfinite += int(info.nonfinite.sum())
-            draws.append(state.x)
-        x = torch.stack(draws, 1)
+        eager = self.target.log_prob_and_score
+        start = self.warmup_kernel.init(self._start(generator), eager, generator=generator)
+        _check_start(start)
+        log_density = self._density(start.x, self.warmup + draws * self.thin)
+        adapted = self.adapted = warm_up(
+            self.warmup_kernel,
+            start,
+            log_density,
+            generator,
+            steps=self.warmup,
+            metric=self.metric,
+            trajectory=self.trajectory,
+            step_size=self.step_size,
+            length=self.length,
+        )
+        record = self._record(adapted, log_density, draws, generator)
+        spent = adapted.evaluations + record.evaluations
+        self._evaluations += self.num_chains * spent
+        self.lockstep_waste = 1.0 - record.useful / (self.num_chains * record.evaluations)
         return Particles(
-            x.flatten(0, 1),
-            torch.zeros(x.shape[0] * x.shape[1], dtype=torch.float64, device=x.device),
+            record.x.flatten(0, 1),
+            torch.zeros(self.num_chains * draws, dtype=torch.float64, device=record.x.device),
             replicates=self.num_chains,
             has_normalizer=False,
-            effective=bulk_effective_sample_size(x),
-            nonfinite=nonfinite,
+            effective=bulk_effective_sample_size(record.x),
+            nonfinite=record.nonfinite,
+            divergences=record.divergences,
         )
+
+    def _record(self, adapted: Adapted, log_density: LogDensity, draws: int, generator: torch.Generator) -> _Record:
+        density, params, frame = whiten(log_density, adapted.frame), adapted.params, adapted.frame
+        state = adapted.state
+        if self.kernel is not self.warmup_kernel:
+            state = self.kernel.refresh(state, generator=generator)
+        kept, broken, diverged, useful, evaluations = [], [], [], [], 0
+        for step in range(1, draws * self.thin + 1):
+            moved = jittered(params, step, jitter=self.trajectory is not None)
+            state, info = self.kernel.step(state, density, moved, generator)
+            evaluations += info.evaluations
+            broken.append(info.nonfinite)
+            useful.append(info.useful)
+            if info.diverged is not None:
+                diverged.append(info.diverged)
+            if step % self.thin == 0:
+                kept.append(state.x)
+        x = torch.stack(kept, 1)
+        used = [part for part in useful if part is not None]
+        return _Record(
+            x if frame is None else frame.to_original(x),
+            int(torch.stack(broken).sum()),
+            int(torch.stack(diverged).sum()) if diverged else 0,
+            evaluations,
+            float(torch.stack(used).sum()) if used else float(self.num_chains * evaluations),
+        )
+
+    def _density(self, x: Tensor, steps: int) -> LogDensity:
+        """The density to run with: compiled where it is asked for or pays."""
+        log_density = self.target.log_prob_and_score
+        calls = steps * self.typical_evaluations
+        if self.compile == "off" or (self.compile == "auto" and calls < WORTH_TRACING):
+            return log_density
+        compiled = self._compiled
+        if compiled is None or compiled.like.dtype != x.dtype:
+            compiled = CompiledDensity(log_density, x)
+        if self.compile == "auto" and calls * compiled.num_operations * SECONDS_PER_OPERATION < WORTH_COMPILING:
+            return log_density
+        self._compiled = compiled
+        return compiled
 
     def _start(self, generator: torch.Generator) -> Tensor:
         space, prior = self.target.space, self.target.prior
@@ -129,43 +241,28 @@ class ChainSampler(Sampler):
         like = torch.zeros((), dtype=self.dtype)
         return space.project(self.init_scale * space.noise((self.num_chains,), like=like, generator=generator))
 
-    def _warm_up(self, state: State, log_density: LogDensity, generator: torch.Generator) -> Warmup:
-        kernel, space = self.warmup_kernel, self.target.space
-        scale = spread(space, state.x)
-        guess = KernelParams(scale.new_tensor(self.step_size or 0.5 * space.dof**-0.25), scale)
-        tuner, pool, evaluations = DualAveraging(kernel.target_acceptance), PooledVariance(space), 1
-        adapts = self.step_size is None
-        if adapts:
-            first, spent = reasonable_step_size(kernel, state, log_density, guess, generator=generator)
-            guess, evaluations = guess._replace(step_size=scale.new_tensor(first)), evaluations + spent
-        tuned, moments, params = tuner.init(float(guess.step_size)), pool.init(state.x), guess
-        ends = _window_ends(self.warmup)
-        for t in range(1, self.warmup + 1):
-            state, info = kernel.step(state, log_density, params, generator)
-            evaluations += info.evaluations
-            moments = pool.update(moments, state.x)
-            if adapts:
-                tuned = tuner.update(tuned, float(info.acceptance.mean()))
-                params = params._replace(step_size=scale.new_tensor(tuner.step_size(tuned)))
-            if t in ends:
-                scale = pool.scale(moments)
-                params, moments = params._replace(scale=scale), pool.init(state.x)
-                # The best step size belongs to the metric: look for it anew.
-                tuned = tuner.init(tuner.averaged(tuned))
-        if adapts:
-            params = params._replace(step_size=scale.new_tensor(tuner.averaged(tuned)))
-        return Warmup(state, params, evaluations)
+
+METRICS = {"diagonal": DiagonalMetric, "dense": DenseMetric}
 
 
-def _window_ends(warmup: int) -> set[int]:
-    """Steps after which the metric is renewed: windows double, and the last fifth adapts the step size only."""
-    last, end, width = warmup - max(warmup // 5, 1), 0, max(warmup // 20, 1)
-    ends = set()
-    while end + width <= last:
-        end += width
-        ends.add(end)
-        width *= 2
-    return ends
+@final
+class Chains(ChainSampler):
+    """Chains of any kernel, with the warm-up, the record and the options of :class:`ChainSampler`.
+
+    Example:
+        >>> from diffsampler import targets
+        >>> from diffsampler.kernels import MALA
+        >>> target = targets.Funnel(dim=2)
+        >>> len(Chains(target, MALA(target.space), num_chains=4, warmup=10).sample(100))
+        100
+    """
+
+
+def _check_start(start: State) -> None:
+    good = start.log_prob.isfinite() & start.score.isfinite().all(-1)
+    if not bool(good.all()):
+        bad = start.x[~good][0].tolist()
+        raise ValueError(f"Expected a finite density and score at the starting points; got none at {bad}.")
 
 
 def bulk_effective_sample_size(x: Tensor) -> float:

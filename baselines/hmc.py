@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Unpack, final
 
-import torch
-from torch import Tensor
-
-from diffsampler.baselines.chains import ChainSampler
-from diffsampler.kernel import Kernel
+from diffsampler.baselines.chains import ChainOptions, ChainSampler
 from diffsampler.kernels import hmc
 from diffsampler.target import Target
 
@@ -22,39 +18,16 @@ class HMC(ChainSampler):
     Reference:
         MCMC using Hamiltonian dynamics (Neal, 2011), https://arxiv.org/abs/1206.1901
 
-    Takes the arguments of :class:`~diffsampler.baselines.chains.ChainSampler`, and:
+    Takes the options of :class:`~diffsampler.baselines.chains.ChainSampler`, and:
 
     Arguments:
+        target: The density.
         num_steps: Largest number of leapfrog steps of a transition.
         smallest_step: Mixed step sizes per chain, see :class:`~diffsampler.kernels.HMC`.
     """
 
     def __init__(
-        self,
-        target: Target,
-        *,
-        num_chains: int = 64,
-        warmup: int = 500,
-        num_steps: int = 16,
-        smallest_step: float = 1.0,
-        thin: int = 1,
-        init: Tensor | None = None,
-        init_scale: float = 1.0,
-        step_size: float | None = None,
-        dtype: torch.dtype = torch.float64,
+        self, target: Target, *, num_steps: int = 16, smallest_step: float = 1.0, **options: Unpack[ChainOptions]
     ) -> None:
-        super().__init__(
-            target,
-            num_chains=num_chains,
-            warmup=warmup,
-            thin=thin,
-            init=init,
-            init_scale=init_scale,
-            step_size=step_size,
-            dtype=dtype,
-        )
-        self._kernel = hmc.HMC(target.space, num_steps=num_steps, smallest_step=smallest_step)
-
-    @property
-    def kernel(self) -> Kernel:
-        return self._kernel
+        kernel = hmc.HMC(target.space, num_steps=num_steps, smallest_step=smallest_step)
+        super().__init__(target, kernel, typical_evaluations=0.5 * (1 + num_steps), **options)

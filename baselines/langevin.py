@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Unpack, final
 
-import torch
-from torch import Tensor
-
-from diffsampler.baselines.chains import ChainSampler
-from diffsampler.kernel import Kernel
+from diffsampler.baselines.chains import ChainOptions, ChainSampler
 from diffsampler.kernels import langevin
 from diffsampler.target import Target
 
@@ -23,36 +19,11 @@ class MALA(ChainSampler):
         Optimal scaling of discrete approximations to Langevin diffusions (Roberts & Rosenthal, 1998),
         https://doi.org/10.1111/1467-9868.00123
 
-    Takes the arguments of :class:`~diffsampler.baselines.chains.ChainSampler`.
+    Takes the options of :class:`~diffsampler.baselines.chains.ChainSampler`.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        *,
-        num_chains: int = 64,
-        warmup: int = 500,
-        thin: int = 1,
-        init: Tensor | None = None,
-        init_scale: float = 1.0,
-        step_size: float | None = None,
-        dtype: torch.dtype = torch.float64,
-    ) -> None:
-        super().__init__(
-            target,
-            num_chains=num_chains,
-            warmup=warmup,
-            thin=thin,
-            init=init,
-            init_scale=init_scale,
-            step_size=step_size,
-            dtype=dtype,
-        )
-        self._kernel = langevin.MALA(target.space)
-
-    @property
-    def kernel(self) -> Kernel:
-        return self._kernel
+    def __init__(self, target: Target, **options: Unpack[ChainOptions]) -> None:
+        super().__init__(target, langevin.MALA(target.space), **options)
 
 
 @final
@@ -66,39 +37,10 @@ class ULA(ChainSampler):
         Exponential convergence of Langevin distributions and their discrete approximations (Roberts & Tweedie, 1996),
         https://doi.org/10.2307/3318418
 
-    Takes the arguments of :class:`~diffsampler.baselines.chains.ChainSampler`.
+    Takes the options of :class:`~diffsampler.baselines.chains.ChainSampler`.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        *,
-        num_chains: int = 64,
-        warmup: int = 500,
-        thin: int = 1,
-        init: Tensor | None = None,
-        init_scale: float = 1.0,
-        step_size: float | None = None,
-        dtype: torch.dtype = torch.float64,
-    ) -> None:
-        super().__init__(
-            target,
-            num_chains=num_chains,
-            warmup=warmup,
-            thin=thin,
-            init=init,
-            init_scale=init_scale,
-            step_size=step_size,
-            dtype=dtype,
-        )
-        self._kernel = langevin.ULA(target.space)
-        self._pilot = langevin.MALA(target.space)
-        self._pilot.target_acceptance = 0.9
-
-    @property
-    def kernel(self) -> Kernel:
-        return self._kernel
-
-    @property
-    def warmup_kernel(self) -> Kernel:
-        return self._pilot
+    def __init__(self, target: Target, **options: Unpack[ChainOptions]) -> None:
+        pilot = langevin.MALA(target.space)
+        pilot.target_acceptance = 0.9
+        super().__init__(target, langevin.ULA(target.space), warmup_kernel=pilot, **options)

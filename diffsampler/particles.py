@@ -27,6 +27,7 @@ class Particles:
         has_normalizer: Whether the weights estimate the normalizing constant (False for MCMC chains).
         effective: Effective sample size known from elsewhere (autocorrelation of chains), instead of the weights'.
         nonfinite: Number of particles that were lost to non-finite values.
+        divergences: Number of recorded transitions whose trajectory lost its energy (chains only).
         known_replicates: ``log Z`` of each block known from elsewhere (the ladder of parallel tempering), shape
             ``(replicates,)``, instead of the weights'. Blocks of chains keep equal weights in expectations: to weight
             them by a noisy estimate of Z would add that noise to all of them.
@@ -38,6 +39,7 @@ class Particles:
     has_normalizer: bool = True
     effective: float | None = None
     nonfinite: int = 0
+    divergences: int = 0
     known_replicates: Tensor | None = None
 
     def __post_init__(self) -> None:

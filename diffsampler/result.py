@@ -48,6 +48,14 @@ def diagnose(particles: Particles) -> list[Finding]:
                 "Check the density where it is steep; they count as particles of weight zero.",
             )
         )
+    if particles.divergences:
+        findings.append(
+            Finding(
+                "warning",
+                f"{particles.divergences} trajectories diverged: chains may avoid a region of high curvature.",
+                "Reparametrize the model (non-centred scales), or use method='smc'.",
+            )
+        )
     if particles.has_normalizer and not particles.pareto_k <= 0.7:
         findings.append(
             Finding(

@@ -27,8 +27,10 @@ __all__ = [
     "RobbinsMonro",
     "RobbinsMonroState",
     "VarianceState",
+    "harmonic_mean",
     "reasonable_step_size",
     "spread",
+    "windows",
     "worst_reach",
 ]
 
@@ -113,6 +115,26 @@ class DualAveraging:
     def averaged(self, state: DualAveragingState) -> float:
         """The step size to freeze."""
         return math.exp(state.log_average)
+
+
+def harmonic_mean(acceptance: Tensor) -> float:
+    """Harmonic mean of the acceptance probabilities of all chains.
+
+    It is led by the chains that hardly move, which a shared step size must not leave behind; a chain that accepts
+    nothing counts as 0.02, so that it is one voice among many and not a reason to stop.
+    """
+    return 1.0 / float(acceptance.double().clamp_min(0.02).reciprocal().mean())
+
+
+def windows(warmup: int) -> list[int]:
+    """Steps after which a metric is renewed: windows double, and the last fifth adapts the step size only."""
+    last, end, width = warmup - max(warmup // 5, 1), 0, max(warmup // 20, 1)
+    ends = []
+    while end + width <= last:
+        end += width
+        ends.append(end)
+        width *= 2
+    return ends
 
 
 class VarianceState(NamedTuple):
@@ -218,7 +240,7 @@ def reasonable_step_size(
         kernel: An exact kernel.
         state: Where the chains are; they are not moved.
         log_density: The density.
-        params: Step size to start from and scale to use.
+        params: Step size to start from; scale and length to use.
         generator: Source of randomness.
         max_tries: Most trial transitions.
 
@@ -228,7 +250,7 @@ def reasonable_step_size(
     step_size = params.step_size
     direction, evaluations = 0, 0
     for _ in range(max_tries):
-        _, info = kernel.step(state, log_density, KernelParams(step_size, params.scale), generator)
+        _, info = kernel.step(state, log_density, params._replace(step_size=step_size), generator)
         evaluations += info.evaluations
         wanted = 1 if float(info.acceptance.mean()) > 0.5 else -1
         if direction == -wanted:
