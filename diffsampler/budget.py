@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -16,7 +17,10 @@ import torch
 from diffsampler.progress import Progress
 from diffsampler.target import CountedTarget
 
-__all__ = ["Budget", "Task", "TrainingMeter"]
+__all__ = ["Budget", "Task", "TimeRecord", "TrainingMeter"]
+
+LEVELS = 1000
+"""Steps in which a share of a budget is read: fine enough to keep it, coarse enough to be written down."""
 
 
 @final
@@ -51,6 +55,66 @@ class Budget:
                 raise ValueError(f"Expected a whole number as budget of {name}; got {value}.")
 
 
+Series = list[list[float]]
+"""Pairs of a value and how many times in a row it was read."""
+
+
+@final
+class TimeRecord:
+    """What a run learned from the clock, so that another one can be told the same and ends up the same.
+
+    Everything else in a run follows from its seed. Where a decision depends on time, the number that it is taken on
+    is read through :meth:`watch`: a live run writes it down, a repetition gets what was written instead.
+
+    Arguments:
+        series: What another run wrote down, to be repeated; None for a live run.
+    """
+
+    def __init__(self, series: Mapping[str, Series] | None = None) -> None:
+        self.series: dict[str, Series] = {}
+        """Values by name, in the order in which they were read."""
+        self._left: dict[str, Iterator[float]] | None = None
+        if series is not None:
+            self._left = {
+                name: itertools.chain.from_iterable(itertools.repeat(value, int(count)) for value, count in pairs)
+                for name, pairs in series.items()
+            }
+
+    def watch(self, name: str, source: Callable[[], float], *, levels: int | None = None) -> Callable[[], float]:
+        """Readings of ``source``, which is not asked in a repetition.
+
+        Arguments:
+            name: Of the series.
+            source: What depends on time.
+            levels: Round down to multiples of ``1 / levels``, which keeps long series short.
+        """
+
+        def read() -> float:
+            value = self._repeated(name) if self._left is not None else _rounded(source(), levels)
+            pairs = self.series.setdefault(name, [])
+            if pairs and pairs[-1][0] == value:
+                pairs[-1][1] += 1
+            else:
+                pairs.append([value, 1])
+            return value
+
+        return read
+
+    def _repeated(self, name: str) -> float:
+        assert self._left is not None
+        value = next(self._left.get(name, iter(())), None)
+        if value is None:
+            raise ValueError(
+                f"Expected choices of this very run; it asks for more of the clock's readings ({name!r}) than were "
+                "recorded. The target, the machine or the version is another one."
+            )
+        return value
+
+
+def _rounded(value: float, levels: int | None) -> float:
+    return float(value) if levels is None else math.floor(levels * value) / levels
+
+
 @final
 @dataclass
 class Task:
@@ -68,6 +132,7 @@ class Task:
         resume: Whether to continue from the folder's checkpoint.
         began: Start of the run by the monotonic clock.
         elsewhere: Evaluations that a sampler counts by itself.
+        record: What was learned from the clock.
     """
 
     target: CountedTarget
@@ -81,6 +146,7 @@ class Task:
     resume: bool
     began: float
     elsewhere: Callable[[], int]
+    record: TimeRecord
 
     @property
     def seconds(self) -> float:
@@ -106,6 +172,10 @@ class Task:
             shares.append(self.evaluations / self.budget.evaluations)
         return max(shares)
 
+    def watch(self, name: str, source: Callable[[], float], *, levels: int | None = LEVELS) -> Callable[[], float]:
+        """Readings of ``source``, recorded if time can end the run; evaluations repeat themselves."""
+        return source if self.budget.seconds is None else self.record.watch(name, source, levels=levels)
+
     @property
     def generator(self) -> torch.Generator:
         """A new source of randomness from the run's seed."""
@@ -130,7 +200,12 @@ class TrainingMeter:
         now = self.task.spent()
         self.costs.append(now - self.last)
         self.last = now
-        # The first interval holds the setting up; the median forgets it, and other interruptions.
-        cost = statistics.median_low(self.costs) if len(self.costs) > 1 else 0.0
+        # The first interval holds the setting up and the first step the warming up; the median forgets both, and other
+        # interruptions. Where steps are so slow that there is no time for it, the fastest one has to do.
+        cost = 0.0
+        if len(self.costs) > 3:
+            cost = statistics.median_low(self.costs)
+        elif len(self.costs) > 1 and now - self.start > 0.3:
+            cost = min(self.costs)
         left = 0.98 - self.steps_to_draw * cost - self.start
         return (now - self.start) / left if left > 0.0 else 1.0

@@ -18,14 +18,13 @@ from diffsampler.objective import BridgeLikelihood, LogVariance
 from diffsampler.particles import Particles
 from diffsampler.pilot import PilotResult
 from diffsampler.pilot.guide import wide_law
-from diffsampler.pilot.record import Meter
 from diffsampler.pilot.search import MeanFieldFits, multistart
-from diffsampler.refinement import refine
+from diffsampler.refinement import Course, refine
 from diffsampler.sampler import DiffusionSampler, Sampler
 from diffsampler.schedule import variance_exploding
 from diffsampler.smc import SMCResult, smc
 from diffsampler.space import Euclidean, MeanFree, Torus
-from diffsampler.target import AffineTarget, CountedTarget, Target
+from diffsampler.target import AffineTarget, Target
 from diffsampler.tempering import TemperedPath
 
 __all__ = ["MappedSampler", "learned_sampler", "plain_smc", "refined_sampler"]
@@ -36,11 +35,23 @@ DIS_NOISE = 1.5
 """Largest noise level from scratch; a larger one costs resolution further down and brings little Gaussianity."""
 SEARCH_COST = 300_000
 """Evaluations of a full search for the mass."""
+SEARCH_SHARE = 1.0 / 6.0
+"""Share of a budget that the search may take."""
+NUM_STARTS = 80
+SEARCH_BATCH = 6 * NUM_STARTS
+"""Points per evaluation of the search."""
 BRIDGE_STEPS = 400
 POLISH_STEPS = 150
 REFINED_BATCH = 256
 BRIDGE_SHARE = 0.4
 """Share of the learned process' budget for simulation-free training; the rest polishes with the log-variance loss."""
+
+Paid = Callable[[], float]
+"""Evaluations that a search may take, asked for once it is needed: the answer may have to be measured."""
+
+
+def _unlimited() -> float:
+    return math.inf
 
 
 @final
@@ -70,22 +81,14 @@ class MappedSampler(Sampler):
         return Particles(x, particles.log_weight, nonfinite=particles.nonfinite)
 
 
-def locate(
-    target: Target, *, generator: torch.Generator, seconds: float | None = None, evaluations: int | None = None
-) -> MeanFieldFits:
-    """Variational fits of where the mass is, by a search that takes at most a sixth of what may be spent."""
-    starts, steps = 80, 250
-    meter = Meter(CountedTarget(target), seconds=seconds, evaluations=evaluations)
-    if meter.limited:
-        paid = meter.affords(target, batch=6 * starts, share=1.0 / 6.0)
-        effort = min(1.0, paid / SEARCH_COST) ** 0.5
-        starts, steps = max(10, int(effort * starts)), max(40, int(effort * steps))
+def locate(target: Target, *, generator: torch.Generator, paid: Paid = _unlimited) -> MeanFieldFits:
+    """Variational fits of where the mass is, by a search of at most ``paid()`` evaluations, ten starts at least."""
+    effort = min(1.0, paid() / SEARCH_COST) ** 0.5
+    starts, steps = max(10, int(effort * NUM_STARTS)), max(40, int(effort * 250))
     return multistart(target, num_starts=starts, steps=steps, generator=generator).good().distinct()
 
 
-def standardize(
-    target: Target, *, generator: torch.Generator, seconds: float | None = None, evaluations: int | None = None
-) -> tuple[AffineTarget, float]:
+def standardize(target: Target, *, generator: torch.Generator, paid: Paid = _unlimited) -> tuple[AffineTarget, float]:
     """Coordinates in which the mass sits at the origin with unit scale, and the smallest local scale in them.
 
     Fits count by their evidence: a wide fit of a funnel's mouth says little about where the funnel's mass is.
@@ -98,7 +101,7 @@ def standardize(
         return AffineTarget(target, origin, one), 0.3
     if not isinstance(space, Euclidean):
         return AffineTarget(target, origin, one * _isotropic_scale(target, generator)), 0.3
-    fits = locate(target, generator=generator, seconds=seconds, evaluations=evaluations)
+    fits = locate(target, generator=generator, paid=paid)
     weight = torch.softmax(fits.elbo, 0)
     location = weight @ fits.location
     scale = (weight @ (fits.scale.square() + (fits.location - location).square())).sqrt()
@@ -123,11 +126,10 @@ def learned_sampler(
     *,
     generator: torch.Generator,
     dtype: torch.dtype,
-    seconds: float | None = None,
-    evaluations: int | None = None,
+    paid: Paid = _unlimited,
 ) -> tuple[MappedSampler, dict[str, Any]]:
-    """The sampler of a named method, in coordinates standardized by a search within a share of the budget."""
-    standard, local = standardize(target, generator=generator, seconds=seconds, evaluations=evaluations)
+    """The sampler of a named method, in coordinates standardized by a search of at most ``paid()`` evaluations."""
+    standard, local = standardize(target, generator=generator, paid=paid)
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     features = 64 if target.dim <= 4 else 0
     noise_min = min(0.5, max(0.01, 0.5 * local))
@@ -161,15 +163,14 @@ def plain_smc(
     *,
     generator: torch.Generator,
     stop: Callable[[], bool],
-    seconds: float | None = None,
-    evaluations: int | None = None,
+    paid: Paid = _unlimited,
 ) -> SMCResult:
     """Adaptive tempered SMC, then the same schedule frozen: from the prior if there is one, else a wide Student-t."""
     reference = target.prior
     if reference is None:
         if not isinstance(target.space, Euclidean):
             raise ValueError(f"method='smc' needs a prior on {target.space}; use 'auto'.")
-        reference = wide_law(locate(target, generator=generator, seconds=seconds, evaluations=evaluations))
+        reference = wide_law(locate(target, generator=generator, paid=paid))
     path = TemperedPath(reference, target)
     return smc(path, n=n, num_islands=num_islands, generator=generator, two_pass=True, stop=stop)
 
@@ -180,11 +181,7 @@ def refined_sampler(
     *,
     generator: torch.Generator,
     dtype: torch.dtype,
-    steps: int | None,
-    limited: bool,
-    spent: Callable[[], float],
-    callback: Callable[[dict[str, float]], None],
-    start: Callable[[str, int | None], None],
+    course: Course,
 ) -> tuple[MappedSampler, dict[str, Any]]:
     """A sampler that draws cheaply, learned from a pilot's particles; see :mod:`diffsampler.refinement`.
 
@@ -193,10 +190,9 @@ def refined_sampler(
     assert pilot.particles is not None
     device = generator.device
     index = systematic_resample(pilot.particles.log_weight, generator=generator)
-    x = pilot.particles.x[index]
-    settings = {"steps": steps, "limited": limited, "spent": spent, "callback": callback, "start": start}
+    x = pilot.particles.x[index].to(device)
     if not isinstance(target.space, Euclidean):
-        return _refined_on_space(target, x.to(device), generator=generator, dtype=dtype, **settings)  # type: ignore[arg-type]
+        return _refined_on_space(target, x, generator=generator, dtype=dtype, course=course)
     work, choices = refine(
         target,
         x,
@@ -204,7 +200,7 @@ def refined_sampler(
         centres=pilot.modes if len(pilot.modes) > 1 else None,
         generator=generator,
         dtype=dtype,
-        **settings,  # type: ignore[arg-type]
+        course=course,
     )
     return MappedSampler(target, work.sampler, work.frame.to_original), {
         **choices,
@@ -218,11 +214,7 @@ def _refined_on_space(
     *,
     generator: torch.Generator,
     dtype: torch.dtype,
-    steps: int | None,
-    limited: bool,
-    spent: Callable[[], float],
-    callback: Callable[[dict[str, float]], None],
-    start: Callable[[str, int | None], None],
+    course: Course,
 ) -> tuple[MappedSampler, dict[str, Any]]:
     """A network trained by bridge likelihood on the particles, then by log-variance on fresh and replayed paths."""
     standard = _standard(target, x)
@@ -244,26 +236,22 @@ def _refined_on_space(
         (LogVariance(), 1.0, POLISH_STEPS, 1e-3),
     ):
         sampler.objective = objective
-        number = steps if steps is not None else (1_000_000 if limited else count)
-        start("simulation-free training" if objective.needs_bridge else "polishing", number if not limited else None)
+        number = course.steps if course.steps is not None else (1_000_000 if course.limited else count)
+        stage = "simulation-free training" if objective.needs_bridge else "polishing"
+        course.start(stage, number if not course.limited else None)
         sampler.fit(
             steps=number,
             batch_size=REFINED_BATCH,
             learning_rate=rate,
             seed=seed,
             bank=bank,
-            spent=_until(spent, share),
-            callback=callback,
+            spent=course.until(share),
+            callback=course.callback,
         )
         history += sampler.history
     sampler.history = history
     choices = {"num_steps": num_steps, "noise_min": 0.5 * local, "learned_steps": int(sum(_last_steps(history)))}
     return MappedSampler(target, sampler, standard.to_original), choices
-
-
-def _until(spent: Callable[[], float], share: float) -> Callable[[], float]:
-    first = spent()
-    return lambda: (spent() - first) / max(share - first, 1e-9)
 
 
 def _last_steps(history: list[dict[str, float]]) -> list[float]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import diffsampler as ds
-from diffsampler import baselines, inference, recipes, targets
+from diffsampler import baselines, inference, recipes, runs, targets
 from diffsampler.estimators import Estimate
 from diffsampler.pilot import PilotResult
 
@@ -40,8 +40,8 @@ def small(monkeypatch):
     monkeypatch.setattr(refine, "BRIDGE_COUNT", 20)
     monkeypatch.setattr(refine, "POLISH_COUNT", 10)
     monkeypatch.setattr(recipes, "multistart", functools.partial(recipes.multistart, num_starts=6, steps=60))
-    monkeypatch.setattr(inference, "MIN_PARTICLES", 1024)
-    for module, name in ((recipes, "REFINED_BATCH"), (inference, "REFINED_BATCH"), (inference, "BATCH_SIZE")):
+    monkeypatch.setattr(runs, "MIN_PARTICLES", 1024)
+    for module, name in ((recipes, "REFINED_BATCH"), (runs, "REFINED_BATCH"), (runs, "BATCH_SIZE")):
         monkeypatch.setattr(module, name, 64)
 
 
@@ -251,7 +251,7 @@ def stub_pilot(monkeypatch, findings, *, shift=0.0, refused=False):
             seconds=0.0,
         )
 
-    monkeypatch.setattr(inference, "run_pilot", run)
+    monkeypatch.setattr(runs, "run_pilot", run)
 
 
 def test_findings_of_the_pilot_reach_the_reader(small, monkeypatch):
@@ -290,8 +290,8 @@ def test_disagreement_of_pilot_and_process_is_a_finding(small, monkeypatch):
 SCRIPT = """
 import os, signal, sys
 import diffsampler as ds
-from diffsampler import inference
-inference.BATCH_SIZE = 16
+from diffsampler import runs
+runs.BATCH_SIZE = 16
 calls = 0
 def density(x):
     global calls
@@ -307,7 +307,7 @@ ds.sample(target, method=method, num_samples=64, budget=ds.Budget(steps=250), ch
 
 
 def test_a_killed_run_resumes_to_the_same_answer(small, monkeypatch, tmp_path: Path):
-    monkeypatch.setattr(inference, "BATCH_SIZE", 16)
+    monkeypatch.setattr(runs, "BATCH_SIZE", 16)
     folder = tmp_path / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.run(
@@ -324,7 +324,7 @@ def test_a_killed_run_resumes_to_the_same_answer(small, monkeypatch, tmp_path: P
 
 
 def test_an_interrupt_leaves_no_temporary_files(small, monkeypatch, tmp_path: Path):
-    monkeypatch.setattr(inference, "BATCH_SIZE", 16)
+    monkeypatch.setattr(runs, "BATCH_SIZE", 16)
     calls = 0
 
     def density(x):

@@ -11,7 +11,7 @@ from diffsampler import targets
 from diffsampler.denoiser import MixtureDenoiser, ProductDenoiser, UnitDenoiser
 from diffsampler.estimators import effective_sample_size, importance_log_normalizer
 from diffsampler.methods.refined import RefinedProcess
-from diffsampler.refinement import refine
+from diffsampler.refinement import Course, refine
 from diffsampler.refinement.frames import candidate_frames, make_frame, rank_frames
 from diffsampler.refinement.mixture_fit import choose_denoiser, fit_product_mixture, step_losses, tuned_levels
 from diffsampler.refinement.profiles import profile_draws
@@ -269,11 +269,7 @@ def run_refinement(target: Target, x, *, steps=None, seed=0):
         centres=None,
         generator=torch.Generator().manual_seed(seed),
         dtype=torch.float32,
-        steps=steps,
-        limited=False,
-        spent=lambda: 0.0,
-        callback=lambda entry: None,
-        start=lambda stage, number: None,
+        course=Course(steps=steps),
     )
 
 

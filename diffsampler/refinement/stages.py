@@ -34,6 +34,7 @@ from diffsampler.kernels.langevin import MALA
 from diffsampler.methods.refined import RefinedProcess
 from diffsampler.objective import BridgeLikelihood, LogVariance, Objective
 from diffsampler.pilot.transport import TransportMap
+from diffsampler.refinement.course import Course
 from diffsampler.refinement.frames import Frame, candidate_frames, make_frame, rank_frames
 from diffsampler.refinement.mixture_fit import PRODUCT_SIZES, choose_denoiser, fit_product_mixture, tuned_levels
 from diffsampler.refinement.profiles import profile_draws
@@ -228,11 +229,7 @@ def refine(
     centres: Tensor | None,
     generator: torch.Generator,
     dtype: torch.dtype,
-    steps: int | None,
-    limited: bool,
-    spent: Callable[[], float],
-    callback: Callable[[dict[str, float]], None],
-    start: Callable[[str, int | None], None],
+    course: Course,
 ) -> tuple[Refinement, dict[str, Any]]:
     """Refine a pilot's equally weighted particles ``x (n, D)`` on Euclidean space.
 
@@ -243,26 +240,23 @@ def refine(
         centres: Known modes, shape ``(M, D)``, or None.
         generator: Source of randomness.
         dtype: Arithmetic of the process.
-        steps: Gradient steps in all; None leaves the choice to the stages.
-        limited: Whether ``spent`` ever reaches 1.
-        spent: Share of the budget that is used up.
-        callback: Called with every entry of the training history.
-        start: Called with the name of a stage and its number of steps.
+        course: How long to train, and whom to tell.
     """
-    start("choosing coordinates", None)
+    spent = course.spent
+    course.start("choosing coordinates", None)
     work, likelihoods = _first_chain(target, x, transport, centres, generator=generator, dtype=dtype, spent=spent)
     work.stages.append(f"mixture: gap {work.quality.gap:.3g}")
     if spent() < 0.5:
         work = _with_hidden_wells(target, x, work)
     if work.quality.gap > SMALL_GAP and spent() < 0.3:
-        start("renewing particles", None)
+        course.start("renewing particles", None)
         work.renew(refit=True)
-    number = None if limited and steps is None else steps or 0
+    number = None if course.limited and course.steps is None else course.steps or 0
     if work.quality.gap > LARGE_GAP and spent() < 1.0:
-        _teach(work, None if number is None else number // 2 or BRIDGE_COUNT, spent, callback, start)
+        _teach(work, None if number is None else number // 2 or BRIDGE_COUNT, course)
         number = None if number is None else number - number // 2
     if number is None or number or work.quality.gap > SMALL_GAP:
-        _polish(work, None if number is None else number or POLISH_COUNT, spent, callback, start)
+        _polish(work, None if number is None else number or POLISH_COUNT, course)
     choices = {
         "coordinates": work.frame.name,
         "held_out_log_likelihood": likelihoods,
@@ -330,41 +324,26 @@ def _with_hidden_wells(target: Target, x: Tensor, work: Refinement) -> Refinemen
     return new
 
 
-def _teach(
-    work: Refinement,
-    steps: int | None,
-    spent: Callable[[], float],
-    callback: Callable[[dict[str, float]], None],
-    start: Callable[[str, int | None], None],
-) -> None:
+def _teach(work: Refinement, steps: int | None, course: Course) -> None:
     """Simulation-free training in two halves, the bank renewed by the chain after each; no number of steps: by time."""
-    first = spent()
+    first = course.spent()
     for share in (0.5 * BRIDGE_SHARE, BRIDGE_SHARE):
-        start("simulation-free training", steps)
-        until = _until(spent, first + share * (1.0 - first))
-        work.train(BridgeLikelihood(), steps=steps or UNLIMITED, rate=BRIDGE_RATE, spent=until, callback=callback)
+        course.start("simulation-free training", steps)
+        until = course.until(first + share * (1.0 - first))
+        work.train(
+            BridgeLikelihood(), steps=steps or UNLIMITED, rate=BRIDGE_RATE, spent=until, callback=course.callback
+        )
         work.renew(refit=False)
 
 
-def _polish(
-    work: Refinement,
-    steps: int | None,
-    spent: Callable[[], float],
-    callback: Callable[[dict[str, float]], None],
-    start: Callable[[str, int | None], None],
-) -> None:
+def _polish(work: Refinement, steps: int | None, course: Course) -> None:
     """Log-variance training: one round of ``steps``, or rounds that fill a budget, slower after one that failed."""
     rate = POLISH_RATE * math.sqrt(2.0 / max(work.frame.standard.dim, 2))
-    first = spent()
+    first = course.spent()
     for number in range(1, 2 if steps else POLISH_ROUNDS + 1):
-        if spent() >= 1.0:
+        if course.spent() >= 1.0:
             break
-        start("polishing", steps)
-        until = _until(spent, 1.0 if steps else first + number / POLISH_ROUNDS * (1.0 - first))
-        kept = work.train(LogVariance(), steps=steps or UNLIMITED, rate=rate, spent=until, callback=callback)
+        course.start("polishing", steps)
+        until = course.until(1.0 if steps else first + number / POLISH_ROUNDS * (1.0 - first))
+        kept = work.train(LogVariance(), steps=steps or UNLIMITED, rate=rate, spent=until, callback=course.callback)
         rate = rate if kept else rate / 3.0
-
-
-def _until(spent: Callable[[], float], share: float) -> Callable[[], float]:
-    first = spent()
-    return lambda: (spent() - first) / max(share - first, 1e-9)
