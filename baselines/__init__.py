@@ -4,16 +4,35 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from diffsampler.baselines.affine_invariant import AffineInvariant
+from diffsampler.baselines.ais import AIS
+from diffsampler.baselines.aldi import ALDI
 from diffsampler.baselines.chains import Chains
 from diffsampler.baselines.chees import ChEES
 from diffsampler.baselines.hmc import HMC
+from diffsampler.baselines.independence import IndependenceSampler
 from diffsampler.baselines.langevin import MALA, ULA
-from diffsampler.baselines.smc import SMC
+from diffsampler.baselines.parallel_tempering import ParallelTempering
+from diffsampler.baselines.smc import SMC, WasteFreeSMC
 
 if TYPE_CHECKING:
     from diffsampler.baselines.pyro_nuts import PyroNUTS
 
-__all__ = ["HMC", "MALA", "SMC", "ULA", "Chains", "ChEES", "PyroNUTS"]
+__all__ = [
+    "AIS",
+    "ALDI",
+    "HMC",
+    "MALA",
+    "SMC",
+    "ULA",
+    "AffineInvariant",
+    "ChEES",
+    "Chains",
+    "IndependenceSampler",
+    "ParallelTempering",
+    "PyroNUTS",
+    "WasteFreeSMC",
+]
 
 
 def __getattr__(name: str) -> Any:
