@@ -115,7 +115,7 @@ class Fit:
         evaluations: Points at which the density or its gradient was computed, training included.
         seconds: Wall-clock time.
         method: The method that made the particles.
-        choices: Everything that was chosen, as plain values that JSON keeps; ``sample(target, choices=...)`` repeats it.
+        choices: Everything that was chosen, in values that JSON keeps; ``sample(target, choices=...)`` repeats it.
         history: Training history, a list of dicts, empty for methods that do not train.
         true_log_normalizer: The exact value where the target declares it.
         notes: What cannot be excluded, and other remarks that are no warnings.
