@@ -1,14 +1,20 @@
 r"""Diffusion samplers trained as generative flow networks.
 
-A controlled Brownian motion from the origin with prior variance :math:`S^2` and equal steps :math:`\delta = 1/K`,
+A controlled Brownian motion from the origin with prior variance :math:`S^2` on a grid
+:math:`0 = \tau_0 < \dots < \tau_K = 1` with steps :math:`\delta_k`,
 
 .. math::
-   F_k = N(x + S\,\delta\,u_\theta(t_k, x),\ S^2 \delta\, e^{l_\theta(t_k, x)}), \qquad
-   B_k = N\Big(\big(1 - \tfrac{c_\phi}{k+1}\big) x,\ S^2 \delta \tfrac{k}{k+1}\, c'_\phi\Big), \qquad x_0 = 0,
+   F_k = N\Big(x + \frac{S\,\delta_k}{\sqrt{1 - \tau_k}} u_\theta(t_k, x),\ S^2 \delta_k e^{l_\theta(t_k, x)}\Big),
+   \qquad B_k = N\Big(\big(1 - \tfrac{\delta_k}{\tau_{k+1}} c_\phi\big) x,\
+   S^2 \tfrac{\delta_k \tau_k}{\tau_{k+1}}\, c'_\phi\Big), \qquad x_0 = 0,
 
-where :math:`l = 0` and :math:`c = c' = 1` (the Brownian bridge) unless they are learned. A flow function
+where :math:`c = c' = 1` (the Brownian bridge) unless they are learned. The control is in units of the standard
+deviation of :math:`x_K` given :math:`x_k` under the prior, and starts at the first-order effect of the target,
+:math:`\tau \sqrt{1 - \tau}\,(S \nabla\log\rho + x / S)`; :math:`l = 0` unless variances are learned. The levels
+:math:`\sqrt{(1 - \tau) / \tau}` are log-uniform, so that the last steps are as small as the target's details; equal
+steps, as published, are ``level_min=None``. A flow function
 
-.. math:: \log f_k(x) = \phi_\theta(t_k, x) + t_k \log\rho(x) + (1 - t_k) \log N(x; 0, S^2 t_k)
+.. math:: \log f_k(x) = \phi_\theta(t_k, x) + \tau_k \log\rho(x) + (1 - \tau_k) \log N(x; 0, S^2 \tau_k)
 
 plays the density of the path's law at step :math:`k` and lets losses see parts of trajectories.
 
@@ -23,6 +29,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from typing import Any, final
 
 import torch
@@ -37,6 +44,9 @@ from diffsampler.target import Target
 
 __all__ = ["DGFS", "GFN", "GFNProcess"]
 
+LEVEL_MAX = 3.0
+"""Level after the first step, in units of the scale: the target's shape hardly shows through it."""
+
 
 @final
 class GFNProcess(Process):
@@ -46,7 +56,8 @@ class GFNProcess(Process):
         space: Euclidean or mean-free space.
         num_steps: Number of steps ``K``.
         scale: Standard deviation ``S`` of the uncontrolled end point; it must cover the target.
-        learn_variance: Whether forward variances carry a learned factor in ``(e^-2, e^2)``.
+        level_min: Smallest level of the grid, in units of ``scale``; None for equal steps.
+        learn_variance: Whether forward variances carry a learned factor in ``(e^-4, e^4)``.
         backward_range: Backward means and variances carry learned factors within ``1 +- backward_range``; 0 for none.
         flow: Whether there is a flow function (an anchor for sub-trajectory losses).
         width: Width of the networks.
@@ -57,6 +68,7 @@ class GFNProcess(Process):
 
     scale: Tensor
     time: Tensor
+    tau: Tensor
 
     def __init__(
         self,
@@ -64,6 +76,7 @@ class GFNProcess(Process):
         num_steps: int = 64,
         *,
         scale: float = 1.0,
+        level_min: float | None = 0.03,
         learn_variance: bool = False,
         backward_range: float = 0.0,
         flow: bool = True,
@@ -91,12 +104,15 @@ class GFNProcess(Process):
         self.backward_range = backward_range
         self.register_buffer("scale", torch.tensor(float(scale)))
         self.register_buffer("time", torch.arange(num_steps + 1) / num_steps)
+        self.register_buffer("tau", _grid(num_steps, level_min).float().unsqueeze(-1))
         generator = torch.Generator().manual_seed(seed)
         # Mean-free kernels must stay isotropic: one learned factor for all coordinates.
         factors = space.dim if space.dof == space.dim else 1
         self.control = Control(
             space,
             generator=generator,
+            bound=5.0,
+            feature_input=True,
             extra_outputs=factors if learn_variance else 0,
             width=width,
             point_features=point_features,
@@ -116,39 +132,54 @@ class GFNProcess(Process):
 
     def forward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
         assert score is not None
-        t, step = self.time[k], 1.0 / self.num_steps
+        tau, after = self.tau[k], self.tau[k + 1]
+        step, left = after - tau, 1.0 - tau
         residual = self.scale * score + x / self.scale
-        control, extra = self.control(t, x / self.scale, residual, t.unsqueeze(-1))
-        variance = self.scale.square() * step * torch.ones_like(t).unsqueeze(-1)
+        # The marginal spread of the prior, from the first step on: there x is the origin.
+        seen = x / (self.scale * torch.maximum(tau, self.tau[1]).sqrt())
+        control, extra = self.control(self.time[k], seen, left.sqrt() * residual, tau)
+        mean = x + self.scale * step / left.sqrt() * control
+        variance = self.scale.square() * step
         if self.learn_variance:
-            variance = variance * clip(extra, 2.0).exp()
-        return Gaussian(x + self.scale * step * control, variance)
+            variance = variance * clip(extra, 4.0).exp()
+        return Gaussian(mean, variance * torch.ones_like(tau))
 
     def backward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
-        share = (self.time[k] / self.time[k + 1]).unsqueeze(-1)
+        share = self.tau[k] / self.tau[k + 1]
+        variance = self.scale.square() * share * (self.tau[k + 1] - self.tau[k])
         if self.backward_range == 0.0:
-            return Gaussian(share * x, self.scale.square() * share / self.num_steps)
+            return Gaussian(share * x, variance)
         out = self.backward_control(self.time[k + 1], self.space.features(x / self.scale))
-        pull, factor = (1.0 + self.backward_range * torch.tanh(out)).unbind(-1)
+        pull, factor = (1.0 + self.backward_range * torch.tanh(out)).split(1, -1)
         # The last step back ends at the origin whatever was learned.
-        pull = torch.where(k == 0, torch.ones_like(pull), pull).unsqueeze(-1)
-        variance = self.scale.square() * share / self.num_steps * factor.unsqueeze(-1)
-        return Gaussian((1.0 - (1.0 - share) * pull) * x, variance)
+        pull = torch.where((k == 0).unsqueeze(-1), torch.ones_like(pull), pull)
+        return Gaussian((1.0 - (1.0 - share) * pull) * x, variance * factor)
 
     def sample_bridge(self, k: Tensor, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        t = self.time[k].unsqueeze(-1)
+        tau = self.tau[k]
         noise = self.space.noise(tuple(x.shape[:-1]), like=x, generator=generator)
-        return t * x + self.scale * (t * (1.0 - t)).sqrt() * noise
+        return tau * x + self.scale * (tau * (1.0 - tau)).sqrt() * noise
 
     def log_anchor(self, k: Tensor, x: Tensor, log_prob: Tensor) -> Tensor:
-        t = self.time[k]
-        phi = self.flow(t, self.space.features(x / self.scale)).squeeze(-1).double()
-        spread = self.scale.square() * t.clamp_min(0.5 / self.num_steps).unsqueeze(-1)
-        base = self.space.log_gaussian(x, torch.zeros_like(x), spread)
-        level = t.double() * log_prob + (1.0 - t.double()) * base + phi
+        tau = self.tau[k]
+        reach = torch.maximum(tau, self.tau[1])
+        phi = self.flow(self.time[k], self.space.features(x / (self.scale * reach.sqrt()))).squeeze(-1).double()
+        base = self.space.log_gaussian(x, torch.zeros_like(x), self.scale.square() * reach)
+        share = tau.squeeze(-1).double()
+        level = share * log_prob + (1.0 - share) * base + phi
         # The ends are what they are: a point mass, and the target.
         level = torch.where(k == 0, torch.zeros_like(level), level)
         return torch.where(k == self.num_steps, log_prob.double(), level)
+
+
+def _grid(num_steps: int, level_min: float | None) -> Tensor:
+    """Times ``tau_k``, shape ``(K + 1,)``, float64."""
+    if level_min is None or num_steps == 1:
+        return torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    if not 0.0 < level_min < LEVEL_MAX:
+        raise ValueError(f"Expected 0 < level_min < {LEVEL_MAX}; got {level_min}.")
+    level = torch.logspace(math.log10(LEVEL_MAX), math.log10(level_min), num_steps - 1, dtype=torch.float64)
+    return torch.cat([level.new_zeros(1), 1.0 / (1.0 + level.square()), level.new_ones(1)])
 
 
 @final
