@@ -7,6 +7,9 @@ from diffsampler.targets.eight_schools import EightSchools as EightSchools
 from diffsampler.targets.funnel import Funnel as Funnel
 from diffsampler.targets.gaussian import Gaussian as Gaussian
 from diffsampler.targets.gaussian import StudentT as StudentT
+from diffsampler.targets.label_switching import LabelSwitching as LabelSwitching
+from diffsampler.targets.inversion import LinearInversion as LinearInversion
+from diffsampler.targets.inversion import TravelTimeInversion as TravelTimeInversion
 from diffsampler.targets.logistic import LogisticRegression as LogisticRegression
 from diffsampler.targets.mixtures import GaussianMixture as GaussianMixture
 from diffsampler.targets.shapes import Banana as Banana
@@ -32,5 +35,10 @@ REGISTRY: dict[str, Callable[[], Target]] = {
     "rings": Rings,
     "banana": Banana,
     "eight_schools": EightSchools,
+    "travel_time5": TravelTimeInversion,
+    "travel_time20": lambda: TravelTimeInversion(20),
+    "travel_time_linear5": LinearInversion.travel_time,
+    "travel_time_linear20": lambda: LinearInversion.travel_time(20),
+    "label_switching": LabelSwitching,
 }
 """Targets of the command line by their short names; call the value to build one."""

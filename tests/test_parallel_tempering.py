@@ -140,6 +140,23 @@ def test_tuning_equalizes_rejections_and_reaches_the_acceptance():
     assert sampler.evaluations >= run.evaluations
 
 
+def test_round_trips_come_at_the_rate_of_the_theory():
+    """With eight moves between swaps replicas forget, and the rate is that of the rejections alone."""
+    path = make_path()
+    run = parallel_tempering(
+        path,
+        ladder(0.0, 0.05, 0.3, 1.0),
+        kernel=HMC(Euclidean(2), num_steps=4),
+        num_scans=300,
+        generator=generator(),
+        num_systems=200,
+        tuning_rounds=5,
+        num_moves=8,
+    )
+    rate = run.round_trips.double() / 300
+    assert abs(float(rate.mean()) / run.expected_round_trip_rate - 1.0) < 0.1
+
+
 def test_mode_weights_and_normalizer_of_nine_modes():
     target = targets.GaussianMixture.grid(9)
     particles = ParallelTempering(target, reference_scale=6.0, num_systems=32).sample(32 * 200, seed=0)
