@@ -7,9 +7,9 @@ from diffsampler.targets.eight_schools import EightSchools as EightSchools
 from diffsampler.targets.funnel import Funnel as Funnel
 from diffsampler.targets.gaussian import Gaussian as Gaussian
 from diffsampler.targets.gaussian import StudentT as StudentT
-from diffsampler.targets.label_switching import LabelSwitching as LabelSwitching
 from diffsampler.targets.inversion import LinearInversion as LinearInversion
 from diffsampler.targets.inversion import TravelTimeInversion as TravelTimeInversion
+from diffsampler.targets.label_switching import LabelSwitching as LabelSwitching
 from diffsampler.targets.logistic import LogisticRegression as LogisticRegression
 from diffsampler.targets.mixtures import GaussianMixture as GaussianMixture
 from diffsampler.targets.shapes import Banana as Banana
