@@ -9,13 +9,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from diffsampler import evidence as evidence
 from diffsampler.estimators import Estimate as Estimate
 from diffsampler.inference import Budget as Budget
 from diffsampler.inference import sample as sample
 from diffsampler.methods.cmcd import CMCD as CMCD
 from diffsampler.methods.dds import DDS as DDS
 from diffsampler.methods.dis import DIS as DIS
+from diffsampler.methods.mixflow import MixFlow as MixFlow
 from diffsampler.methods.pis import PIS as PIS
+from diffsampler.methods.snf import SNF as SNF
 from diffsampler.particles import Particles as Particles
 from diffsampler.result import Finding as Finding
 from diffsampler.result import Fit as Fit
