@@ -205,7 +205,7 @@ def _default_sources(objective: Objective, recipe: Recipe, bank: Tensor | None) 
 
 
 def _start(process: Process, objective: Objective, recipe: Recipe, sources: Sources) -> _Run:
-    named = [(name.partition(".")[0].endswith("control"), p) for name, p in process.named_parameters()]
+    named = [("control." in name, p) for name, p in process.named_parameters()]
     network, schedule = [p for yes, p in named if yes], [p for yes, p in named if not yes]
     own = [p for p in objective.parameters() if p.requires_grad]
     groups = [

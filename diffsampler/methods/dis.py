@@ -50,6 +50,7 @@ class DISProcess(Process):
         learn_variance: Whether forward variances carry a learned factor in ``(e^-2, e^2)``.
         width: Width of the network.
         point_features: Random Fourier features of the point.
+        extra_inputs: Inputs of the network beside the point (a context).
         detach_score: Whether pathwise losses treat the score as a constant.
         seed: Seed of the network's initial parameters.
     """
@@ -78,6 +79,7 @@ class DISProcess(Process):
         learn_variance: bool = True,
         width: int = 64,
         point_features: int = 0,
+        extra_inputs: int = 0,
         detach_score: bool = True,
         seed: int = 0,
     ) -> None:
@@ -118,6 +120,7 @@ class DISProcess(Process):
             generator=generator,
             bound=5.0,
             feature_input=True,
+            extra_inputs=extra_inputs,
             extra_outputs=factors if learn_variance else 0,
             width=width,
             point_features=point_features,
@@ -134,12 +137,12 @@ class DISProcess(Process):
             return x.new_full(x.shape[:-1], -self.space.dim * math.log(2.0 * math.pi), dtype=torch.float64)
         return self.space.log_gaussian(x, torch.zeros_like(x), (self.scale * self.spread[0]).square())
 
-    def forward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
+    def forward(self, k: Tensor, x: Tensor, score: Tensor | None, *, beside: Tensor | None = None) -> Gaussian:
         assert score is not None
         z = x / self.scale
         residual = self.scale * score if self.uniform_start else self.scale * score + z
         level, reach = self.level[k], self.reach[k]
-        control, extra = self.control(self.time[k], z / self.spread[k], level * residual, self.signal[k])
+        control, extra = self.control(self.time[k], z / self.spread[k], level * residual, self.signal[k], beside=beside)
         if self.uniform_start:
             # There is no linear prediction on a torus: the noised score is the control itself.
             mean = x + self.noise[k] / level * control
