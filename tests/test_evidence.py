@@ -412,9 +412,9 @@ def test_bridge_agrees_with_smc(name, generator):
     if name == "schools":
         target = targets.EightSchools(centered=False)
     else:
-        features = torch.randn(350, 34, generator=generator, dtype=F64)
-        logits = 0.5 * features @ torch.randn(34, generator=generator, dtype=F64)
-        labels = torch.rand(350, generator=generator, dtype=F64) < torch.sigmoid(logits)
+        features = torch.randn(200, 10, generator=generator, dtype=F64)
+        logits = 0.5 * features @ torch.randn(10, generator=generator, dtype=F64)
+        labels = torch.rand(200, generator=generator, dtype=F64) < torch.sigmoid(logits)
         target = targets.LogisticRegression(features, labels)
     chains = baselines.HMC(target, num_chains=16, warmup=300).sample(8000)
     ours = evidence.bridge(chains, target.log_prob)
