@@ -35,6 +35,8 @@ def accumulate_gradient(
     names = ["log_forward", "log_backward", "log_initial"]
     if process.learns_anchors and trajectory.log_anchor is not None:
         names.append("log_anchor")
+    if process.learns_carried:
+        names.append("log_terminal")
     leaves = {name: getattr(trajectory, name).detach().requires_grad_() for name in names}
     loss = objective(replace(trajectory, **leaves))
     (weight * loss).backward()
@@ -52,6 +54,9 @@ def accumulate_gradient(
         surrogate.backward()
     if process.learns_initial:
         (grads["log_initial"] * process.log_initial(trajectory.x[0])).sum().backward()
+    if process.learns_carried:
+        score = None if trajectory.score is None else trajectory.score[-1]
+        (grads["log_terminal"] * process.log_carried(trajectory.x[-1], score)).sum().backward()
     if "log_anchor" in leaves and leaves["log_anchor"].grad is not None:
         _backward_anchors(process, trajectory, grads["log_anchor"], rows)
     return loss.item()
@@ -92,12 +97,12 @@ def accumulate_bridge_gradient(
         k = torch.randint(process.num_steps, (rows,), generator=generator, device=bank.device)
         after = process.sample_bridge(k + 1, end, generator=generator)
         kernel = process.backward(k, after, None)
-        noise = process.space.noise((rows,), like=kernel.mean, generator=generator)
-        before = process.place(after, process.space.project(kernel.mean + kernel.variance.sqrt() * noise))
+        noise = process.drawn_space.noise((rows,), like=kernel.mean, generator=generator)
+        before = process.place(after, process.drawn_space.project(kernel.mean + kernel.variance.sqrt() * noise))
         score = None
         if process.needs_score:
             score = target.log_prob_and_score(process.observed(before))[1].to(before.dtype)
-    log_forward = process.space.log_gaussian(process.drawn(after), *process(k, before, score))
+    log_forward = process.drawn_space.log_gaussian(process.drawn(after), *process(k, before, score))
     nothing = torch.zeros_like(log_forward.detach())
     pair = Trajectory(
         x=torch.stack([before, after]),

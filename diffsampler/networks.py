@@ -115,6 +115,7 @@ class Control(nn.Module):
         gate_init: Value of every gate ``g`` before training.
         bound: The clip ``c`` of the feature, per coordinate; a training aid that never touches the target.
         feature_input: Whether the network also sees the clipped feature.
+        extra_inputs: Inputs of the network beside the point and the feature (a velocity).
         extra_outputs: Outputs beyond the control itself (for learned variances).
         width: Width of the hidden layers.
         depth: Number of hidden layers after the input layer.
@@ -131,6 +132,7 @@ class Control(nn.Module):
         gate_init: float = 1.0,
         bound: float = 10.0,
         feature_input: bool = False,
+        extra_inputs: int = 0,
         extra_outputs: int = 0,
         width: int = 64,
         depth: int = 2,
@@ -142,7 +144,7 @@ class Control(nn.Module):
         self.gate_init = gate_init
         self.feature_input = feature_input
         self.net = FourierMLP(
-            space.num_features + (space.dim if feature_input else 0),
+            space.num_features + (space.dim if feature_input else 0) + extra_inputs,
             space.dim + extra_outputs,
             generator=generator,
             width=width,
@@ -178,7 +180,15 @@ class Control(nn.Module):
         k = (t * (len(time) - 1)).round().long()
         return time[k], gate[k]
 
-    def forward(self, t: Tensor, x: Tensor, feature: Tensor, weight: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        t: Tensor,
+        x: Tensor,
+        feature: Tensor,
+        weight: Tensor | float = 1.0,
+        *,
+        beside: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Control ``(..., D)`` and the extra outputs ``(..., extra)`` at times ``t (...)`` and points ``x (..., D)``.
 
         Arguments:
@@ -186,10 +196,15 @@ class Control(nn.Module):
             x: Points in units of the prior, shape ``(..., D)``.
             feature: The feature ``h``, shape ``(..., D)``.
             weight: The factor ``w``, broadcastable to ``(..., D)``.
+            beside: The extra inputs, shape ``(..., extra_inputs)``.
         """
         feature = clip(feature, self.bound)
-        seen = self.space.features(x)
+        inputs = [self.space.features(x)]
+        if self.feature_input:
+            inputs.append(feature)
+        if beside is not None:
+            inputs.append(beside)
         time, gate = self._embed(t)
-        out = self.net.at(time, torch.cat([seen, feature], -1) if self.feature_input else seen)
+        out = self.net.at(time, torch.cat(inputs, -1) if len(inputs) > 1 else inputs[0])
         control = out[..., : self.space.dim] + (weight * gate) * feature
         return self.space.project_vector(control), out[..., self.space.dim :]

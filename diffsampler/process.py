@@ -63,6 +63,10 @@ class Process(nn.Module, ABC):
         has_bridge: Whether :meth:`sample_bridge` is defined: the backward chain is fixed and linear.
         learns_anchors: Whether anchors have parameters (a flow function, a schedule).
         has_shift: Whether :meth:`shift` moves anything; then backward kernels see the score at the step's start.
+        learns_shift: Whether the shift has parameters. The points of a fixed path cannot tell: only losses with a path
+            gradient train them.
+        learns_carried: Whether :meth:`log_carried` has parameters.
+        drawn_space: Where the drawn part lives, ``space`` by default.
     """
 
     def __init__(
@@ -78,6 +82,9 @@ class Process(nn.Module, ABC):
         has_bridge: bool = False,
         learns_anchors: bool = False,
         has_shift: bool = False,
+        learns_shift: bool = False,
+        learns_carried: bool = False,
+        drawn_space: Space | None = None,
     ) -> None:
         super().__init__()
         if num_steps < 1:
@@ -92,14 +99,17 @@ class Process(nn.Module, ABC):
         self.has_bridge = has_bridge
         self.learns_anchors = learns_anchors
         self.has_shift = has_shift
+        self.learns_shift = learns_shift
+        self.learns_carried = learns_carried
+        self.drawn_space = space if drawn_space is None else drawn_space
 
     @abstractmethod
     def sample_initial(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """Draw ``x_0``, shape ``(n, D)``, in the dtype and on the device of the process; reparameterized."""
+        """Draw initial states ``(n, S)``, in the dtype and on the device of the process; reparameterized."""
 
     @abstractmethod
     def log_initial(self, x: Tensor) -> Tensor:
-        """Log density of the initial law at ``x (..., D)``, float64; zero for a point mass."""
+        """Log density of the initial law at states ``x (..., S)``, float64; zero for a point mass."""
 
     @abstractmethod
     def forward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:

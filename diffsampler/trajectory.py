@@ -18,7 +18,7 @@ from torch import Tensor
 from diffsampler.process import Gaussian, Process
 from diffsampler.target import Target
 
-__all__ = ["Trajectory", "cat", "chunks", "log_kernels", "simulate", "simulate_backward"]
+__all__ = ["Trajectory", "cat", "chunks", "ends", "log_kernels", "simulate", "simulate_backward"]
 
 CHUNK_ROWS = 8192
 """(step, particle) rows per batched network call: larger batches stream activations through memory and are slower."""
@@ -121,6 +121,24 @@ def chunks(num_steps: int, batch: int, rows: int = CHUNK_ROWS) -> list[tuple[sli
     ]
 
 
+def ends(
+    process: Process, x: Tensor, score: Tensor | None, steps: slice, particles: slice
+) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    """States ``(S, b, ...)`` and scores that forward kernels start from, and those that backward kernels start from.
+
+    The latter are shifted back: they differ from the former in the drawn part only, and where the chain has a shift
+    their score is the one at the step's start.
+    """
+    ahead = slice(steps.start + 1, steps.stop + 1)
+    k = torch.arange(steps.start, steps.stop, device=x.device).unsqueeze(-1)
+    here = x[steps, particles]
+    score_here = None if score is None else score[steps, particles]
+    if not process.has_shift:
+        return (here, score_here), (x[ahead, particles], None if score is None else score[ahead, particles])
+    drawn = process.drawn(process.unshift(k, x[ahead, particles]))
+    return (here, score_here), (process.place(here, drawn), score_here)
+
+
 def log_kernels(
     process: Process,
     x: Tensor,
@@ -133,16 +151,12 @@ def log_kernels(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Evaluate ``log F_k`` and ``log B_k``, each ``(S, b)``, on a block of (step, particle) pairs in one call."""
     k = torch.arange(steps.start, steps.stop, device=x.device).unsqueeze(-1)
-    ahead = slice(steps.start + 1, steps.stop + 1)
-    here, there = x[steps, particles], process.unshift(k, x[ahead, particles])
-    score_here = None if score is None else score[steps, particles]
-    # Shifted back, a state of a chain with a shift is at the point where the step began.
-    score_there = score_here if score is None or process.has_shift else score[ahead, particles]
+    (here, score_here), (there, score_there) = ends(process, x, score, steps, particles)
     log_f, log_b = None, None
     if forward:
-        log_f = process.space.log_gaussian(process.drawn(there), *process(k, here, score_here))
+        log_f = process.drawn_space.log_gaussian(process.drawn(there), *process(k, here, score_here))
     if backward:
-        log_b = process.space.log_gaussian(process.drawn(here), *process.backward(k, there, score_there))
+        log_b = process.drawn_space.log_gaussian(process.drawn(here), *process.backward(k, there, score_there))
     return log_f, log_b
 
 
@@ -181,15 +195,16 @@ def simulate(
         variance = torch.stack([kernel.variance.expand(n, kernel.variance.shape[-1]) for kernel in kernels])
         k = torch.arange(process.num_steps, device=x.device).unsqueeze(-1)
         drawn = process.drawn(process.unshift(k, path[1:]))
-        log_forward = process.space.log_gaussian(drawn, mean, variance)
+        log_forward = process.drawn_space.log_gaussian(drawn, mean, variance)
         log_backward = _log_all(process, path, score, forward=False)[1]
         return _record(process, path, score, seen, log_forward, log_backward, on_policy=exploration == 0.0)
 
 
 def _draw(process: Process, kernel: Gaussian, factor: float, generator: torch.Generator | None) -> Tensor:
     """A draw of a kernel with means ``(B, D)``."""
-    noise = process.space.noise(tuple(kernel.mean.shape[:-1]), like=kernel.mean, generator=generator)
-    return process.space.project(kernel.mean + factor * kernel.variance.sqrt() * noise)
+    space = process.drawn_space
+    noise = space.noise(tuple(kernel.mean.shape[:-1]), like=kernel.mean, generator=generator)
+    return space.project(kernel.mean + factor * kernel.variance.sqrt() * noise)
 
 
 def simulate_backward(

@@ -12,7 +12,7 @@ from diffsampler.process import Process
 from diffsampler.space import Torus
 from diffsampler.target import Target
 from diffsampler.testing.common import FALSE_ALARM, moments, normal_quantile, require, require_same_law
-from diffsampler.trajectory import Trajectory, simulate, simulate_backward
+from diffsampler.trajectory import Trajectory, ends, simulate, simulate_backward
 
 __all__ = ["check_process"]
 
@@ -54,6 +54,8 @@ def check_process(
         "kernels": lambda: _check_transitions(process, trajectory),
         "declarations": lambda: _check_declarations(process, target, trajectory, generator),
     }
+    if process.has_shift:
+        checks["shift"] = lambda: _check_shift(process, trajectory)
     if process.has_anchors:
         checks["anchors"] = lambda: _check_anchors(trajectory)
     if process.has_bridge:
@@ -71,12 +73,13 @@ def _check_initial(process: Process, generator: torch.Generator) -> None:
     first, again = (
         process.sample_initial(50, generator=torch.Generator(generator.device).manual_seed(seed)) for _ in range(2)
     )
+    points = process.point(first)
     shape = (50, process.space.dim)
-    require(first.shape == shape, f"Expected sample_initial(50) of shape {shape}; got {tuple(first.shape)}.")
+    require(points.shape == shape, f"Expected sample_initial(50) of shape {shape}; got {tuple(points.shape)}.")
     require(torch.equal(first, again), "Expected equal seeds to give equal initial points; they differ.")
     dtype = next(process.parameters()).dtype
     require(first.dtype == dtype, f"Expected initial points in the dtype of the process, {dtype}; got {first.dtype}.")
-    error = (process.space.project(first) - first).abs().max().item()
+    error = (process.space.project(points) - points).abs().max().item()
     require(error < 1e-5, f"Expected initial points on the space; the projection moves them by {error:.2g}.")
     log_prob = process.log_initial(first)
     require(
@@ -86,25 +89,30 @@ def _check_initial(process: Process, generator: torch.Generator) -> None:
 
 
 def _check_initial_law(process: Process, paths: int, generator: torch.Generator) -> None:
-    """Stein's identity, the mean of ``-x grad log p_0(x)`` counts the degrees of freedom; not for a point mass."""
-    if isinstance(process.space, Torus):
-        return
-    x = process.sample_initial(paths, generator=generator).detach().requires_grad_()
-    log_prob = process.log_initial(x)
+    """Stein's identity, the mean of ``-y grad log p_0(y)`` counts the degrees of freedom; not for a point mass."""
+    state = process.sample_initial(paths, generator=generator).detach().requires_grad_()
+    log_prob = process.log_initial(state)
     if not log_prob.requires_grad:
         return
-    (score,) = torch.autograd.grad(log_prob.sum(), x, allow_unused=True)
-    if score is None or not bool(score.any()):
+    (gradient,) = torch.autograd.grad(log_prob.sum(), state, allow_unused=True)
+    if gradient is None:
         return
-    score = process.space.project_vector(score)
-    counted = -(x.detach() - x.detach().mean(0)).mul(score).sum(-1).double()
-    z = abs(counted.mean().item() - process.space.dof) / (counted.std().item() / math.sqrt(paths))
-    limit = normal_quantile(FALSE_ALARM) + 1.0
-    require(
-        z < limit,
-        f"Expected log_initial to be the log density of sample_initial; Stein's identity fails by {z:.1f} standard "
-        f"errors (limit {limit:.1f}).",
-    )
+    parts = [(process.space, process.point)]
+    if process.point(state).shape != state.shape:
+        parts.append((process.drawn_space, process.drawn))
+    for space, part in parts:
+        score = space.project_vector(part(gradient))
+        if isinstance(space, Torus) or not bool(score.any()):
+            continue
+        y = part(state.detach())
+        counted = -(y - y.mean(0)).mul(score).sum(-1).double()
+        z = abs(counted.mean().item() - space.dof) / (counted.std().item() / math.sqrt(paths))
+        limit = normal_quantile(FALSE_ALARM) + 1.0
+        require(
+            z < limit,
+            f"Expected log_initial to be the log density of sample_initial; Stein's identity fails by {z:.1f} standard "
+            f"errors (limit {limit:.1f}).",
+        )
 
 
 def _check_record(process: Process, trajectory: Trajectory) -> None:
@@ -127,16 +135,18 @@ def _tolerance(x: Tensor) -> float:
 
 def _check_transitions(process: Process, trajectory: Trajectory) -> None:
     """One call for all steps must equal one call per step, and particles must not see each other."""
-    x, score, num_steps = trajectory.x, trajectory.score, process.num_steps
-    for name, kernel, shift in (("forward", process.forward, 0), ("backward", process.backward, 1)):
+    x, num_steps = trajectory.x, process.num_steps
+    starts = ends(process, x, trajectory.score, slice(0, num_steps), slice(0, x.shape[1]))
+    for name, kernel, (points, scores) in zip(
+        ("forward", "backward"), (process.forward, process.backward), starts, strict=True
+    ):
         with torch.no_grad():
             steps = torch.arange(num_steps, device=x.device)
-            points = x[shift : num_steps + shift]
-            scores = None if score is None else score[shift : num_steps + shift]
+            drawn = process.drawn(points)
             mean, variance = kernel(steps.unsqueeze(-1), points, scores)
             require(
-                mean.shape == points.shape and variance.shape[-1] in (1, process.space.dim),
-                f"Expected {name} to return a mean of shape {tuple(points.shape)} and a variance of shape (..., 1) or "
+                mean.shape == drawn.shape and variance.shape[-1] in (1, process.space.dim),
+                f"Expected {name} to return a mean of shape {tuple(drawn.shape)} and a variance of shape (..., 1) or "
                 f"(..., {process.space.dim}); got {tuple(mean.shape)} and {tuple(variance.shape)}.",
             )
             require(bool((variance >= 0.0).all()), f"Expected {name} variances >= 0; got {variance.min().item():.3g}.")
@@ -151,7 +161,8 @@ def _check_transitions(process: Process, trajectory: Trajectory) -> None:
                         f"Expected {name} at step {k} to be the same alone and in a block of steps and particles; "
                         f"relative difference {error:.2g}.",
                     )
-            error = (process.space.project_vector(mean - points) - (mean - points)).abs().max().item()
+            moved = mean - drawn
+            error = (process.drawn_space.project_vector(moved) - moved).abs().max().item()
             require(error < 1e-4, f"Expected {name} means on the space; the projection moves them by {error:.2g}.")
 
 
@@ -161,7 +172,8 @@ def _check_declarations(process: Process, target: Target, trajectory: Trajectory
     require((score is not None) == process.needs_score, f"Expected needs_score={process.needs_score} to be kept.")
     parameters = [p for p in process.parameters() if p.requires_grad]
     k = torch.arange(process.num_steps, device=x.device).unsqueeze(-1)
-    log_b = process.space.log_gaussian(x[:-1], *process.backward(k, x[1:], None if score is None else score[1:]))
+    (here, _), (there, seen) = ends(process, x, score, slice(0, process.num_steps), slice(0, x.shape[1]))
+    log_b = process.drawn_space.log_gaussian(process.drawn(here), *process.backward(k, there, seen))
     require(
         process.learns_backward or not _depends(log_b, parameters),
         "Expected backward kernels without parameters (learns_backward is False); their gradient would be lost.",
@@ -170,8 +182,44 @@ def _check_declarations(process: Process, target: Target, trajectory: Trajectory
         process.learns_initial or not _depends(process.log_initial(x[0]), parameters),
         "Expected an initial law without parameters (learns_initial is False); its gradient would be lost.",
     )
+    log_carried = process.log_carried(x[-1], None if score is None else score[-1])
+    require(
+        process.learns_carried or not _depends(log_carried, parameters),
+        "Expected log_carried without parameters (learns_carried is False); its gradient would be lost.",
+    )
+    require(
+        process.learns_shift or not _depends(process.shift(k, x[:-1]), parameters),
+        "Expected a shift without parameters (learns_shift is False): losses at fixed paths cannot train it.",
+    )
     path = simulate(process, target, 4, generator=generator, path_gradient=True)
     require(_depends(path.x[-1], parameters), "Expected a graph through the states with path_gradient=True; got none.")
+
+
+def _check_shift(process: Process, trajectory: Trajectory) -> None:
+    """The shift has an inverse, moves only what is not drawn, and keeps volumes."""
+    x = trajectory.x[:-1]
+    k = torch.arange(process.num_steps, device=x.device).unsqueeze(-1)
+    with torch.no_grad():
+        moved = process.shift(k, x)
+        back = process.unshift(k, moved)
+    # Angles may come back a turn away: compare points on the space.
+    error = (process.space.project(process.point(back) - process.point(x))).abs().max().item()
+    error = max(error, (process.drawn(back) - process.drawn(x)).abs().max().item())
+    require(error < (1e-9 if x.dtype == torch.float64 else 1e-3), f"Expected unshift to undo shift; {error:.2g} off.")
+    require(
+        torch.equal(process.drawn(moved), process.drawn(x)),
+        "Expected a shift that leaves the drawn part alone; it moved.",
+    )
+    # In ambient coordinates the projection of a hyperplane is singular.
+    for step in {0, process.num_steps - 1} if process.space.dof == process.space.dim else ():
+        index = torch.tensor(step, device=x.device)
+
+        def shift(state: Tensor, index: Tensor = index) -> Tensor:
+            return process.shift(index, state)
+
+        jacobian = torch.autograd.functional.jacobian(shift, x[step, 0])
+        volume = torch.linalg.slogdet(jacobian.double()).logabsdet.item()
+        require(abs(volume) < 1e-5, f"Expected a shift of unit Jacobian; its logarithm is {volume:.2g} at step {step}.")
 
 
 def _depends(value: Tensor, parameters: Sequence[Tensor]) -> bool:
