@@ -14,11 +14,17 @@ from diffsampler.estimators import Estimate as Estimate
 from diffsampler.inference import Budget as Budget
 from diffsampler.inference import sample as sample
 from diffsampler.methods.cmcd import CMCD as CMCD
+from diffsampler.methods.cmcd import MCD as MCD
+from diffsampler.methods.cmcd import AnnealedULA as AnnealedULA
 from diffsampler.methods.dds import DDS as DDS
 from diffsampler.methods.dis import DIS as DIS
+from diffsampler.methods.gbs import GBS as GBS
 from diffsampler.methods.mixflow import MixFlow as MixFlow
 from diffsampler.methods.pis import PIS as PIS
 from diffsampler.methods.snf import SNF as SNF
+from diffsampler.methods.underdamped import LDVI as LDVI
+from diffsampler.methods.underdamped import UCMCD as UCMCD
+from diffsampler.methods.underdamped import UHA as UHA
 from diffsampler.particles import Particles as Particles
 from diffsampler.result import Finding as Finding
 from diffsampler.result import Fit as Fit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,11 @@ from diffsampler import targets
 from diffsampler.methods.cmcd import CMCDProcess
 from diffsampler.methods.dds import DDSProcess
 from diffsampler.methods.dis import DISProcess
+from diffsampler.methods.gbs import GBSProcess
+from diffsampler.methods.gfn import GFNProcess
 from diffsampler.methods.pis import PISProcess
+from diffsampler.methods.underdamped import UnderdampedProcess
+from diffsampler.priors import MixturePrior
 from diffsampler.process import Process
 from diffsampler.schedule import cosine_preserving, variance_exploding, variance_preserving
 from diffsampler.space import MeanFree, Space, Torus
@@ -65,8 +70,18 @@ def mixture() -> targets.GaussianMixture:
     return targets.GaussianMixture([[-0.9, 0.0], [0.8, 0.6]], scales=0.7, weights=[0.4, 0.6])
 
 
-def cmcd(space: Space, num_steps: int, *, local_steps: bool) -> CMCDProcess:
-    return CMCDProcess(space, num_steps, scale=1.3, local_steps=local_steps, width=16)
+def cmcd(space: Space, num_steps: int, **options: Any) -> CMCDProcess:
+    return CMCDProcess(space, num_steps, scale=1.3, width=16, **options)
+
+
+def two_centres(space: Space, *, scale: float = 1.2, learn: bool = True) -> MixturePrior:
+    """A mixture of two Gaussians with unequal shares."""
+    means = space.project(torch.linspace(-1.0, 1.0, 2 * space.dim).reshape(2, space.dim))
+    return MixturePrior(space, means, scale=scale, shares=torch.tensor([0.3, 0.7]), learn=learn)
+
+
+def underdamped(space: Space, num_steps: int, **options: Any) -> UnderdampedProcess:
+    return UnderdampedProcess(space, num_steps, scale=1.3, width=16, **options)
 
 
 def dis(space: Space, num_steps: int, *, exploding: bool, learn_variance: bool) -> DISProcess:
@@ -76,20 +91,44 @@ def dis(space: Space, num_steps: int, *, exploding: bool, learn_variance: bool) 
 
 MAKERS: dict[str, Callable[[Space, int], Process]] = {
     "pis": lambda space, k: PISProcess(space, k, scale=1.6, width=16),
+    "gfn": lambda space, k: GFNProcess(space, k, scale=1.6, learn_variance=True, flow=False, width=16),
+    "gfn_backward": lambda space, k: GFNProcess(space, k, scale=1.6, backward_range=0.3, flow=False, width=16),
+    "dgfs": lambda space, k: GFNProcess(space, k, scale=1.6, width=16),
     "dds": lambda space, k: DDSProcess(space, cosine_preserving(k), scale=1.4, width=16),
     "dis_preserving": lambda space, k: dis(space, k, exploding=False, learn_variance=True),
     "dis_preserving_fixed": lambda space, k: dis(space, k, exploding=False, learn_variance=False),
     "dis_exploding": lambda space, k: dis(space, k, exploding=True, learn_variance=True),
     "dis_exploding_fixed": lambda space, k: dis(space, k, exploding=True, learn_variance=False),
-    "cmcd": lambda space, k: cmcd(space, k, local_steps=False),
+    "cmcd": lambda space, k: cmcd(space, k),
     "cmcd_local": lambda space, k: cmcd(space, k, local_steps=True),
+    "cmcd_mixture": lambda space, k: cmcd(space, k, prior=two_centres(space)),
+    "mcd": lambda space, k: cmcd(space, k, forward_control=False),
+    "annealed_ula": lambda space, k: cmcd(space, k, forward_control=False, backward_control=False),
+    "gbs": lambda space, k: GBSProcess(space, k, scale=1.3, width=16),
+    "ucmcd": lambda space, k: underdamped(space, k),
+    "ucmcd_fixed": lambda space, k: underdamped(space, k, learn_steps=False),
+    "ucmcd_local": lambda space, k: underdamped(space, k, local_mass=True, learn_steps=False),
+    "ldvi": lambda space, k: underdamped(space, k, forward_control=False, prior=two_centres(space)),
+    "uha": lambda space, k: underdamped(space, k, forward_control=False, backward_control=False),
 }
+TORUS = (
+    "cmcd",
+    "cmcd_local",
+    "annealed_ula",
+    "gbs",
+    "ucmcd",
+    "ucmcd_local",
+    "uha",
+    "dis_exploding",
+    "dis_exploding_fixed",
+)
+"""Methods that have a torus."""
 EUCLIDEAN: dict[str, Callable[[], Target]] = {"gaussian": gaussian, "mixture": mixture}
 
 
 def torus_process(name: str, num_steps: int) -> Process:
     """The methods that have a torus: scale 1, and noise wide enough to forget the start."""
-    if name.startswith("cmcd"):
+    if not name.startswith("dis"):
         return MAKERS[name](Torus(2), num_steps)
     schedule = variance_exploding(num_steps, noise_min=0.3, noise_max=4.0)
     return DISProcess(Torus(2), schedule, learn_variance=not name.endswith("fixed"), width=16)

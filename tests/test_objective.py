@@ -176,6 +176,10 @@ def direct_gradient(process: Process, objective: Objective, trajectory: Trajecto
     num_steps, batch = trajectory.log_forward.shape
     log_f, log_b = log_kernels(process, trajectory.x, trajectory.score, slice(0, num_steps), slice(0, batch))
     values = {"log_forward": log_f, "log_backward": log_b, "log_initial": process.log_initial(trajectory.x[0])}
+    if process.learns_carried:
+        last, score = trajectory.x[-1], None if trajectory.score is None else trajectory.score[-1]
+        fixed = trajectory.log_terminal - process.log_carried(last, score)
+        values["log_terminal"] = fixed.detach() + process.log_carried(last, score)
     loss = objective(Trajectory(**{**vars(trajectory), **values}))
     loss.backward()
     own = [p.grad.flatten() for p in objective.parameters() if p.grad is not None]
@@ -265,7 +269,8 @@ def test_pathwise_gradient_equals_finite_differences(name: str, detach: bool):
         return ReverseKL()(simulate(process, target, 16, generator=generator, path_gradient=True))
 
     loss().backward()
-    bias = process.control.net.head.bias
+    # Where no network moves the paths, the schedule does.
+    bias = process.control.net.head.bias if getattr(process, "forward_control", True) else process.increments
     gradient, step = float(bias.grad[0]), 1e-5
     with torch.no_grad():
         bias[0] += step
