@@ -59,7 +59,7 @@ class ParallelTempering(Sampler):
         reference: Target | None = None,
         reference_scale: float | None = None,
         kernel: Kernel | None = None,
-        num_systems: int = 16,
+        num_systems: int = 32,
         num_levels: int | None = None,
         tuning_rounds: int | None = None,
         num_moves: int = 1,

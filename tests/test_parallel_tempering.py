@@ -132,29 +132,29 @@ def test_normalizer_is_consistent_at_a_bad_ladder():
 
 def test_tuning_equalizes_rejections_and_reaches_the_acceptance():
     sampler = ParallelTempering(targets.ManyWell(8), reference_scale=2.0, num_levels=6)
-    run = sampler.run(16 * 300, seed=1)
+    run = sampler.run(32 * 200, seed=1)
     assert float(run.rejection.max() - run.rejection.min()) < 0.12
     assert float((run.acceptance[1:] - sampler.kernel.target_acceptance).abs().max()) < 0.08
     assert 1.0 < run.barrier < 4.0
-    assert 0 < int(run.round_trips.sum()) < 1.3 * run.expected_round_trip_rate * 16 * 300
+    assert 0 < int(run.round_trips.sum()) < 1.3 * run.expected_round_trip_rate * 32 * 200
     assert sampler.evaluations >= run.evaluations
 
 
 def test_round_trips_come_at_the_rate_of_the_theory():
-    """With eight moves between swaps replicas forget, and the rate is that of the rejections alone."""
+    """With six moves between swaps replicas forget, and the rate is that of the rejections alone."""
     path = make_path()
     run = parallel_tempering(
         path,
         ladder(0.0, 0.05, 0.3, 1.0),
         kernel=HMC(Euclidean(2), num_steps=4),
-        num_scans=300,
+        num_scans=200,
         generator=generator(),
-        num_systems=200,
+        num_systems=100,
         tuning_rounds=5,
-        num_moves=8,
+        num_moves=6,
     )
-    rate = run.round_trips.double() / 300
-    assert abs(float(rate.mean()) / run.expected_round_trip_rate - 1.0) < 0.1
+    rate = run.round_trips.double() / 200
+    assert abs(float(rate.mean()) / run.expected_round_trip_rate - 1.0) < 0.12
 
 
 def test_mode_weights_and_normalizer_of_nine_modes():
@@ -169,6 +169,22 @@ def test_mode_weights_and_normalizer_of_nine_modes():
     assert std_error < 0.05
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gmm40", "label_switching"])
+def test_mode_weights_of_many_modes(name: str):
+    """All of 40 and 24 modes within 4.5 standard errors, 128 systems: 3e-4; their mean square is that of chance."""
+    target = targets.REGISTRY[name]()
+    scale = 30.0 if name == "gmm40" else None
+    particles = ParallelTempering(target, reference_scale=scale, num_systems=128).sample(128 * 250, seed=0)
+    shares = torch.nn.functional.one_hot(target.mode_labels(particles.x), target.num_modes).double()
+    mean, error = particles.expectation(shares)
+    z = (mean - target.mode_weights()) / error
+    assert float(z.abs().max()) < 4.5
+    assert float(z.square().mean()) < 2.0
+    value, std_error, _ = particles.log_normalizer
+    assert abs(value - target.log_normalizer) < 4.0 * std_error < 0.2
+
+
 def test_conformance_and_front_door():
     sampler = ParallelTempering(
         targets.Gaussian([0.4, -0.3], scale=[0.8, 1.1], log_normalizer=0.7), reference_scale=2.0
@@ -177,7 +193,7 @@ def test_conformance_and_front_door():
     fit = ds.sample(sampler.target, method=sampler, num_samples=800, seed=0)
     assert fit.evaluations > 0
     assert abs(fit.log_normalizer.value - 0.7) < 5.0 * fit.log_normalizer.std_error
-    assert len(fit.particles.log_replicates) == 16
+    assert len(fit.particles.log_replicates) == 32
 
 
 def test_prior_with_bounded_support():
@@ -187,7 +203,7 @@ def test_prior_with_bounded_support():
         return torch.where(x[..., 0] > 0.0, -0.5 * x[..., 0].square(), -math.inf)
 
     target = FunctionTarget(half, Euclidean(1), prior=prior, log_normalizer=0.5 * math.log(math.pi / 2))
-    run = ParallelTempering(target).run(16 * 200, seed=0)
+    run = ParallelTempering(target).run(32 * 200, seed=0)
     assert bool((run.x > 0.0).all())
     particles = to_particles(run)
     assert abs(particles.log_normalizer.value - 0.5 * math.log(math.pi / 2)) < 5.0 * particles.log_normalizer.std_error
