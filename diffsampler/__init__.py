@@ -18,6 +18,8 @@ from diffsampler.methods.cmcd import MCD as MCD
 from diffsampler.methods.cmcd import AnnealedULA as AnnealedULA
 from diffsampler.methods.dds import DDS as DDS
 from diffsampler.methods.dis import DIS as DIS
+from diffsampler.methods.ensemble_score import EnsembleScore as EnsembleScore
+from diffsampler.methods.foellmer import Foellmer as Foellmer
 from diffsampler.methods.gbs import GBS as GBS
 from diffsampler.methods.mixflow import MixFlow as MixFlow
 from diffsampler.methods.pis import PIS as PIS

@@ -72,7 +72,8 @@ def run_given(task: Task, method: str | Sampler) -> Answer:
             _train(task, method)
         particles, findings = _draw(task, method)
         return Answer(particles, name, findings, choices, method.history, method)
-    particles, findings = method.sample(task.num_samples, seed=task.seed), []
+    particles = method.sample(task.num_samples, seed=task.seed)
+    findings = [Finding(*finding) for finding in method.findings]  # type: ignore[arg-type]
     if task.spent() > 1.1:
         message = f"{name} spent {task.spent():.1f} times the budget, which it does not keep."
         findings.append(Finding("warning", message, "Its length is set by num_samples and its own options."))

@@ -36,6 +36,11 @@ class Sampler(ABC):
         """Points at which the target's density or gradient was computed so far, 0 where it is not counted."""
         return 0
 
+    @property
+    def findings(self) -> list[tuple[str, str, str]]:
+        """Level, message and remedy of what the last call of :meth:`sample` noticed beyond what its weights say."""
+        return []
+
     @abstractmethod
     def sample(self, n: int, *, seed: int = 0) -> Particles:
         """Draw ``n`` weighted particles (samplers that work in blocks round up)."""
