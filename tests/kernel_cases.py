@@ -3,14 +3,69 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from diffsampler.kernel import Info, Kernel, KernelParams, State
-from diffsampler.space import Euclidean
+from diffsampler.kernels import (
+    BAOAB,
+    GHMC,
+    HMC,
+    KLMC,
+    L1,
+    MALA,
+    MAMS,
+    MCLMC,
+    MYMALA,
+    MYULA,
+    OBABO,
+    RLMC,
+    RMKLMC,
+    SGHMC,
+    SGLD,
+    ULA,
+    Barker,
+    EllipticalSlice,
+    ForwardBackward,
+    RandomWalk,
+)
+from diffsampler.space import Euclidean, MeanFree, Space, Torus
 
 F64 = torch.float64
+
+WIDE = torch.tensor([1.5], dtype=F64)
+
+KERNELS: dict[str, tuple[Callable[[Space], Kernel], float]] = {
+    "ula": (ULA, 0.05),
+    "rlmc": (RLMC, 0.05),
+    "mala": (MALA, 0.2),
+    "hmc": (lambda space: HMC(space, num_steps=4, smallest_step=0.5), 0.4),
+    "obabo": (OBABO, 0.4),
+    "baoab": (BAOAB, 0.4),
+    "ghmc": (GHMC, 0.6),
+    "klmc": (KLMC, 0.3),
+    "rmklmc": (RMKLMC, 0.3),
+    "mclmc": (MCLMC, 0.4),
+    "mams": (lambda space: MAMS(space, num_steps=4), 0.5),
+    "barker": (Barker, 0.8),
+    "random_walk": (RandomWalk, 0.8),
+    "elliptical": (lambda space: EllipticalSlice(space, scale=WIDE), 1.0),
+    "myula": (lambda space: MYULA(space, L1(0.2), smoothing=0.3), 0.05),
+    "mymala": (lambda space: MYMALA(space, L1(0.2)), 0.2),
+    "forward_backward": (lambda space: ForwardBackward(space, L1(0.2)), 0.05),
+    "sgld": (SGLD, 0.05),
+    "sghmc": (SGHMC, 0.2),
+}
+"""Every kernel, and a step size at which it moves and mostly accepts on a standard Gaussian."""
+
+
+def names_on(space: Space) -> list[str]:
+    """Kernels that are defined on a space."""
+    euclidean = ["myula", "mymala", "forward_backward"]
+    missing = {Euclidean: [], MeanFree: euclidean, Torus: [*euclidean, "elliptical"]}[type(space)]
+    return [name for name in KERNELS if name not in missing]
 
 
 def gaussian(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,7 +101,7 @@ def params(step_size: float, scale: float = 1.0) -> KernelParams:
 
 def run(kernel: Kernel, x: Tensor, density, step_size: float, *, steps: int, seed: int = 0) -> tuple[State, list[Info]]:
     generator = torch.Generator().manual_seed(seed)
-    state, infos = kernel.init(x, density), []
+    state, infos = kernel.init(x, density, generator=generator), []
     for _ in range(steps):
         state, info = kernel.step(state, density, params(step_size), generator)
         infos.append(info)
@@ -109,7 +164,7 @@ def annealed_log_weights(kernel: Kernel, step_size: float, *, n: int, honest: bo
             score = -(1.0 - beta) * x / 4.0 - beta * (x - mean) / sigma**2
             return (1.0 - beta) * low + beta * high, score
 
-        state = kernel.init(x, density)
+        state = kernel.init(x, density, generator=generator)
         for _ in range(2):
             state, info = kernel.step(state, density, params(step_size), generator)
             log_weight = log_weight + (info.log_ratio if honest else 0.0)

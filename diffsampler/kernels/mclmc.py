@@ -122,8 +122,8 @@ def _check_dof(space: Space, name: str) -> None:
 class MCLMC(Kernel):
     r"""Microcanonical Langevin Monte Carlo, unadjusted. **Biased**: :math:`O(h^2)`, and nothing in a run shows it.
 
-    Half a partial refresh of the direction, one isokinetic leapfrog step, half a refresh:
-    :math:`u \leftarrow (u + \nu \xi) / |\cdot|`, :math:`\nu^2 = (e^{h / L} - 1) / d`. The refresh keeps the uniform
+    Half a partial refresh of the direction, one isokinetic leapfrog step, half a refresh, where half a refresh is
+    :math:`u \leftarrow (u + \nu \xi) / |\cdot|` with :math:`\nu^2 = (e^{h / L} - 1) / d`. The refresh keeps the uniform
     law on the sphere reversible, so ``Info.log_ratio``, the log of the Jacobian, corrects the bias in path weights.
 
     Fast where a small known bias is acceptable: the papers choose the step size by the variance of the energy error
@@ -166,7 +166,7 @@ class MCLMC(Kernel):
 
     def _turn(self, velocity: Tensor, decay: Tensor, generator: torch.Generator | None) -> Tensor:
         noise = self.space.noise(tuple(velocity.shape[:-1]), like=velocity, generator=generator)
-        velocity = velocity + torch.expm1(decay).sqrt() * noise
+        velocity = torch.exp(-0.5 * decay) * velocity + torch.sqrt(-torch.expm1(-decay)) * noise
         return math.sqrt(self.space.dof) * velocity / velocity.norm(dim=-1, keepdim=True)
 
 
