@@ -185,7 +185,7 @@ def bridge(
             draws, D)``, or ``(draws, D)`` for one chain, or the particles of a chain sampler (``fit.particles``).
         log_prob: Unnormalized log density ``(n, D) -> (n,)``; Jacobians of constrained parameters included.
         proposal: Normalized density to compare with, fixed in advance. By default one is fitted to each half.
-        fit: How to fit it: draws ``(n, D)`` to a :class:`Density`.
+        fit: How to fit it: draws ``(n, D)`` to a :class:`Density`. Separated modes call for a mixture.
         num_proposals: Draws of the proposal for each half; as many as draws of the target by default.
         generator: Source of the proposal's draws; seeded with 0 by default.
 

@@ -212,7 +212,8 @@ class MixFlow(Sampler):
     def sample(self, n: int, *, seed: int = 0) -> Particles:
         """Draw at least ``n`` weighted particles: all points of ``ceil(n / num_images)`` orbits, at least two.
 
-        Particles of an orbit depend on each other; orbits are the independent replicates.
+        Particles of an orbit depend on each other; orbits are the independent replicates, on which all standard errors
+        rest. The effective sample size knows the weights only.
 
         Raises:
             RuntimeError: If maps are not inverted within the tolerance, or all orbits are lost to non-finite values.
