@@ -18,8 +18,9 @@ Gaussians of :math:`w` at a given point, the shift of the point has unit Jacobia
 smoothly clipped.
 
 With ``local_mass`` velocities have a learned scale per coordinate that depends on the point, in both refreshes
-(:math:`s_k` becomes :math:`s_k m_\theta(t_k, x_k)`), in the kicks and at the end. The point's shift keeps its constant
-step sizes, so weights stay exact, and densities of varying scale need fewer steps.
+(:math:`s_k` becomes :math:`s_k m_\theta(t_k, x_k)`, times a factor of each direction's own), in the kicks and at the
+end. The point's shift keeps its constant step sizes, so weights stay exact, and densities of varying scale need fewer
+steps.
 
 The refresh is the exact Ornstein-Uhlenbeck one, which leaves the velocities' law as it is for any friction; published
 code takes Euler steps of it. The force at each grid point is that of its own temperature, which treats the
@@ -85,6 +86,8 @@ class UnderdampedProcess(Process):
     """Largest kick in standard deviations of the velocity, per coordinate."""
     local_bound = 5.0
     """Largest logarithm of a local factor of the velocity's scale."""
+    factor_bound = 1.0
+    """Largest logarithm of the factor by which a direction's spread differs from the common one."""
 
     scale: Tensor
     time: Tensor
@@ -138,7 +141,8 @@ class UnderdampedProcess(Process):
         shared: dict[str, Any] = {"gate_init": 0.0, "bound": self.clip_bound, "feature_input": True, "width": width}
         shared.update(point_features=point_features, generator=torch.Generator().manual_seed(seed))
         if forward_control or backward_control:
-            self.control = Control(space, extra_inputs=space.dim, extra_outputs=space.dim, **shared)
+            factors = 2 * scales if local_mass else 0
+            self.control = Control(space, extra_inputs=space.dim, extra_outputs=space.dim + factors, **shared)
         if local_mass:
             self.mass_control = Control(space, extra_outputs=scales, **shared)
 
@@ -229,9 +233,12 @@ class UnderdampedProcess(Process):
         spread = width * (-torch.expm1(-2.0 * rate)).sqrt()
         if self.control is None or not (self.forward_control if sign > 0.0 else self.backward_control):
             return Gaussian(mean, spread.square())
-        control, lean = self.control(self.time[k], x / self.scale, kick / width, beside=velocity / width)
-        control = self.num_steps**-0.5 * (sign * control + lean)
-        return Gaussian(mean + spread * self.space.project_vector(control), spread.square())
+        control, extra = self.control(self.time[k], x / self.scale, kick / width, beside=velocity / width)
+        control = self.space.project_vector(sign * control + extra[..., : self.space.dim])
+        if self.mass_control is not None:
+            factor = extra[..., self.space.dim :].chunk(2, -1)[0 if sign > 0.0 else 1]
+            spread = spread * clip(factor, self.factor_bound).exp()
+        return Gaussian(mean + self.num_steps**-0.5 * spread * control, spread.square())
 
 
 def _sampler_process(target: Target, num_steps: int, objective: Objective, options: dict[str, Any]) -> Process:
