@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from diffsampler.estimators import systematic_resample
-from diffsampler.kernel import Kernel, KernelParams, State
+from diffsampler.kernel import Kernel, KernelParams, State, with_path_weight
 from diffsampler.kernels.adaptation import RobbinsMonro, reasonable_step_size, spread
 from diffsampler.kernels.metropolis import is_broken
 from diffsampler.tempering import Points, Schedule, TemperedPath
@@ -104,8 +104,7 @@ def anneal(
         ValueError: If the schedule does not increase to 1, parameters and temperatures do not match, or the kernel is
             unadjusted and without a path weight.
     """
-    if not kernel.exact and not kernel.has_path_weight:
-        raise ValueError(f"Expected a kernel with a path weight; got {type(kernel).__name__}, which has none.")
+    with_path_weight(kernel)
     schedule = _steps(betas, params, num_moves)
     points = path.evaluate(x0, x0)
     broken = is_broken(State(x0, points.log_target, points.score_target))

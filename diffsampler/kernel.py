@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffsampler.space import Space
 
-__all__ = ["Info", "Kernel", "KernelParams", "LogDensity", "State"]
+__all__ = ["Info", "Kernel", "KernelParams", "LogDensity", "State", "with_path_weight"]
 
 LogDensity = Callable[[Tensor], tuple[Tensor, Tensor]]
 """A batched density with gradient: ``x (..., D) -> (log_prob (...), score (..., D))``, as Target.log_prob_and_score."""
@@ -103,3 +103,14 @@ class Kernel(ABC):
         self, state: State, log_density: LogDensity, params: KernelParams, generator: torch.Generator | None = None
     ) -> tuple[State, Info]:
         """Make one transition of all particles."""
+
+
+def with_path_weight(kernel: Kernel) -> Kernel:
+    """The kernel itself, if weights can be made with it.
+
+    Raises:
+        ValueError: If it is unadjusted and has no path weight.
+    """
+    if not kernel.exact and not kernel.has_path_weight:
+        raise ValueError(f"Expected a kernel with a path weight; got {type(kernel).__name__}, which has none.")
+    return kernel

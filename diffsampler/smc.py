@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from diffsampler.estimators import systematic_resample
-from diffsampler.kernel import Kernel, KernelParams, State
+from diffsampler.kernel import Kernel, KernelParams, State, with_path_weight
 from diffsampler.kernels.adaptation import RobbinsMonro, reasonable_step_size, spread, worst_reach
 from diffsampler.kernels.hmc import HMC
 from diffsampler.kernels.metropolis import is_broken
@@ -197,7 +197,7 @@ def smc(
     """
     arguments = dict(locals())
     del arguments["schedule"], arguments["two_pass"]
-    arguments["kernel"] = kernel or HMC(path.space, num_steps=6, smallest_step=0.15)
+    arguments["kernel"] = with_path_weight(kernel or HMC(path.space, num_steps=6, smallest_step=0.15))
     settings = _Settings(**arguments)
     _check_schedule(settings, schedule, two_pass=two_pass)
     first = _run(settings, schedule)
@@ -205,8 +205,6 @@ def smc(
 
 
 def _check_schedule(settings: _Settings, schedule: Schedule | None, *, two_pass: bool) -> None:
-    if not settings.kernel.exact and not settings.kernel.has_path_weight:
-        raise ValueError(f"Expected a kernel with a path weight; got {type(settings.kernel).__name__}, which has none.")
     if schedule is None:
         if not settings.kernel.exact and (settings.step_size is None or settings.num_moves is None):
             name = type(settings.kernel).__name__

@@ -17,8 +17,8 @@ References:
     (Durmus, Moulines & Pereyra, 2018), https://arxiv.org/abs/1612.07471 (MYULA)
     Stochastic proximal Langevin algorithm: potential splitting and nonasymptotic rates
     (Salim, Kovalev & Richtarik, 2019), https://arxiv.org/abs/1905.11768
-    Approximate posterior sampling with proximal stochastic gradient Langevin: a Wasserstein analysis
-    (Durmus, Majewski & Miasojedow, 2019), https://arxiv.org/abs/1802.09188 (forward-backward as gradient flow)
+    Analysis of Langevin Monte Carlo via convex optimization (Durmus, Majewski & Miasojedow, 2019),
+    https://arxiv.org/abs/1802.09188 (stochastic proximal gradient Langevin)
 """
 
 from __future__ import annotations
