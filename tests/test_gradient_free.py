@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from kernel_cases import F64, deviation, double_well, gaussian, normal, run, well_draws, well_moments
+from kernel_cases import F64, deviation, double_well, gaussian, normal, params, run, well_draws, well_moments
 from torch import Tensor
 
 from diffsampler import targets
+from diffsampler.annealing import anneal
 from diffsampler.kernel import Kernel
 from diffsampler.kernels import (
     BAOAB,
@@ -185,3 +186,5 @@ def test_smc_refuses_kernels_without_a_path_weight(kernel: Kernel):
     path, _ = bridge_path()
     with pytest.raises(ValueError, match=f"Expected a kernel with a path weight; got {type(kernel).__name__}"):
         smc(path, n=64, kernel=kernel, step_size=0.1, num_moves=1, generator=torch.Generator())
+    with pytest.raises(ValueError, match=f"Expected a kernel with a path weight; got {type(kernel).__name__}"):
+        anneal(path, (1.0,), kernel, params(0.1), normal(8, 2), torch.Generator())
