@@ -12,6 +12,7 @@ from diffsampler.baselines.chees import ChEES
 from diffsampler.baselines.hmc import HMC
 from diffsampler.baselines.independence import IndependenceSampler
 from diffsampler.baselines.langevin import MALA, ULA
+from diffsampler.baselines.nuts import NUTS
 from diffsampler.baselines.parallel_tempering import ParallelTempering
 from diffsampler.baselines.smc import SMC, WasteFreeSMC
 
@@ -23,6 +24,7 @@ __all__ = [
     "ALDI",
     "HMC",
     "MALA",
+    "NUTS",
     "SMC",
     "ULA",
     "AffineInvariant",
