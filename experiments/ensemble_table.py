@@ -181,8 +181,8 @@ def inversion_rows(name: str, cells: list[dict]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)))
-    parser.add_argument("--inversion-seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="*", default=list(range(8)))
+    parser.add_argument("--inversion-seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--dims", type=int, nargs="+", default=[5, 10, 20])
     parser.add_argument("--table-only", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("results/ensemble"))
@@ -194,8 +194,11 @@ def main() -> None:
             path = options.out / f"mixture{dim}-{seed}.json"
             if not path.exists():
                 write(path, mixture_cell(dim, seed))
-    print("| d | seeds | floor SW2 | floor TV | ensemble SW2 | ensemble TV | SMC SW2 | SMC TV | evaluations | SMC's |")
-    print("|   |       | | | | | | | | | SMC log Z | ensemble log Z | its ESS / n |")
+    names = (
+        "d | seeds | floor SW2 | floor TV | ensemble SW2 | ensemble TV | SMC SW2 | SMC TV | ensemble evals | SMC evals"
+    )
+    print(f"| {names} | SMC log Z | ensemble log Z | ensemble ESS / n |")
+    print("|" + 13 * "---|")
     for dim in options.dims:
         found = sorted(options.out.glob(f"mixture{dim}-[0-9]*.json"))
         if found:
