@@ -32,7 +32,7 @@ class Case:
     kind: type[DiffusionSampler]
     num_steps: int
     options: dict[str, Any]
-    steps: int = 1500
+    steps: int = 600
     batch_size: int = 128
     learning_rate: float = 4e-3
     particles: int = 20_000
