@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffsampler import estimators
 from diffsampler.estimators import Estimate
+from diffsampler.lessons import Lesson, Paths
 from diffsampler.objective import LogVariance, Objective
 from diffsampler.particles import Particles
 from diffsampler.process import Process
@@ -95,6 +96,7 @@ class DiffusionSampler(Sampler):
         bank: Tensor | None = None,
         bank_share: float = 0.5,
         sources: Sequence[tuple[Source, float]] | None = None,
+        lesson: Lesson | None = None,
         clip_norm: float = 1.0,
         ema_decay: float = 0.998,
         spent: Callable[[], float] = lambda: 0.0,
@@ -113,6 +115,7 @@ class DiffusionSampler(Sampler):
             bank: Points ``(m, D)`` near the target (a pilot's particles), replayed backward as additional paths.
             bank_share: Share of the batch that comes from the bank.
             sources: Sources of paths with their shares (:mod:`diffsampler.sources`), instead of fresh paths and a bank.
+            lesson: Any other way to get gradients (:mod:`diffsampler.lessons`).
             clip_norm: Largest norm of a gradient.
             ema_decay: Decay of the parameter average that is used for sampling.
             spent: Share of an outside budget that is used up; training ends when it reaches 1.
@@ -134,6 +137,8 @@ class DiffusionSampler(Sampler):
             ema_decay=ema_decay,
             bank_share=bank_share,
         )
+        if sum(given is not None for given in (bank, sources, lesson)) > 1:
+            raise ValueError("Expected at most one of bank, sources and lesson.")
         if bank is not None:
             bank = bank.to(next(self.process.parameters()))
         self.history = fit(
@@ -142,7 +147,7 @@ class DiffusionSampler(Sampler):
             self.objective,
             recipe,
             bank=bank,
-            sources=sources,
+            lesson=lesson if sources is None else Paths(sources),
             spent=spent,
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from diffsampler import estimators
-from diffsampler.gradient import accumulate_bridge_gradient, accumulate_gradient
+from diffsampler.lessons import Bridges, Lesson, Paths, Taught
 from diffsampler.objective import Objective
 from diffsampler.process import Process
 from diffsampler.sources import Draw, OnPolicy, Source, Stored
 from diffsampler.storage import save_atomic
 from diffsampler.target import Target
-from diffsampler.trajectory import Trajectory, cat
 
 __all__ = ["Recipe", "fit", "load_checkpoint", "save_checkpoint"]
-
-Sources = list[tuple[Source, float]]
 
 CHECKPOINT_NAME = "checkpoint.pt"
 FINAL_RATE = 0.03
@@ -39,8 +36,6 @@ SCHEDULE_RATE = 5.0
 """Learning rate of schedules, step sizes and priors relative to networks: each is one number fed by every row."""
 OBJECTIVE_RATE = 30.0
 """Learning rate of the objective's own parameters (a learned log Z) relative to networks."""
-BRIDGE_STEPS = 8
-"""Single steps per path of the batch in simulation-free losses."""
 MAX_SKIPPED = 100
 """Consecutive steps without a usable gradient after which training is declared diverged."""
 
@@ -78,7 +73,7 @@ class _Run:
     optimizer: torch.optim.Optimizer
     ema: dict[str, Tensor]
     generator: torch.Generator
-    sources: Sources
+    lesson: Lesson
     step: int = 0
     seconds: float = 0.0
     skipped: int = 0
@@ -95,7 +90,7 @@ class _Run:
             "seconds": self.seconds,
             "skipped": self.skipped,
             "history": self.history,
-            "sources": [source.state() for source, _ in self.sources],
+            "lesson": self.lesson.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -110,8 +105,7 @@ class _Run:
         self.generator.set_state(state["generator"].cpu())
         self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
         self.history = state["history"]
-        for (source, _), stored in zip(self.sources, state["sources"], strict=True):
-            source.restore(stored, self.generator.device)
+        self.lesson.restore(state["lesson"], self.generator.device)
 
 
 def fit(
@@ -121,7 +115,7 @@ def fit(
     recipe: Recipe,
     *,
     bank: Tensor | None = None,
-    sources: Sequence[tuple[Source, float]] | None = None,
+    lesson: Lesson | None = None,
     spent: Callable[[], float] = lambda: 0.0,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 200,
@@ -138,7 +132,7 @@ def fit(
         objective: The loss.
         recipe: Steps, batch size, learning rate, seed.
         bank: Terminal points ``(m, D)`` to replay backward as ``recipe.bank_share`` of every batch.
-        sources: Sources of paths and their shares of the batch, instead of fresh paths and the bank.
+        lesson: Where gradients come from, instead of fresh paths and the bank.
         spent: Share of an outside budget (seconds, evaluations) that is used up; training ends at 1.
         checkpoint: Folder for ``checkpoint.pt``; None keeps nothing.
         checkpoint_every: Steps between checkpoints.
@@ -154,12 +148,12 @@ def fit(
         ValueError: If the objective needs what is not given, or a checkpoint belongs to another configuration.
         RuntimeError: If training diverges.
     """
-    chosen = _default_sources(objective, recipe, bank) if sources is None else list(sources)
-    _check_sources(process, objective, chosen, bank)
+    lesson = _default_lesson(objective, recipe, bank) if lesson is None else lesson
+    lesson.check(process, objective)
     identity = {**(identity or {}), **process.config(), "objective": type(objective).__name__, **vars(recipe)}
     identity["bank"] = None if bank is None else tuple(bank.shape)
-    identity["sources"] = [f"{share:g} {source.config()}" for source, share in chosen]
-    run = _start(process, objective, recipe, chosen)
+    identity["lesson"] = lesson.config()
+    run = _start(process, objective, recipe, lesson)
     folder = None if checkpoint is None else Path(checkpoint)
     if folder is not None and resume and (folder / CHECKPOINT_NAME).exists():
         run.restore(load_checkpoint(folder, identity))
@@ -173,7 +167,7 @@ def fit(
         for group in run.optimizer.param_groups:
             group["lr"] = recipe.learning_rate * group["factor"] * rate
         use = Draw(process, target, run.generator, min(share, 1.0), objective.needs_path_gradient)
-        entry = _step(run, use, recipe, bank)
+        entry = _step(run, use, recipe)
         run.step += 1
         run.seconds = time.monotonic() - began
         skipped_before = run.skipped if entry is not None else skipped_before
@@ -195,16 +189,21 @@ def fit(
     return run.history
 
 
-def _default_sources(objective: Objective, recipe: Recipe, bank: Tensor | None) -> Sources:
-    """Fresh paths, and backward ones from the bank if there is one."""
-    fresh: tuple[Source, float] = (OnPolicy(), 1.0 if bank is None else 1.0 - recipe.bank_share)
+def _default_lesson(objective: Objective, recipe: Recipe, bank: Tensor | None) -> Lesson:
+    """Fresh paths, and backward ones from the bank if there is one; single bridges for losses that want them."""
+    if objective.needs_backward_paths and bank is None:
+        name = type(objective).__name__
+        raise ValueError(f"{name} needs backward trajectories; pass bank=particles (target samples or stored points).")
     if bank is None:
-        return [fresh]
-    stored: tuple[Source, float] = (Stored(bank), 1.0 if objective.needs_backward_paths else recipe.bank_share)
-    return [stored] if objective.needs_backward_paths else [pair for pair in (fresh, stored) if pair[1] > 0.0]
+        return Paths([(OnPolicy(), 1.0)])
+    if objective.needs_bridge:
+        return Bridges(bank)
+    share = 1.0 if objective.needs_backward_paths else recipe.bank_share
+    pairs: list[tuple[Source, float]] = [(OnPolicy(), 1.0 - share), (Stored(bank), share)]
+    return Paths([pair for pair in pairs if pair[1] > 0.0])
 
 
-def _start(process: Process, objective: Objective, recipe: Recipe, sources: Sources) -> _Run:
+def _start(process: Process, objective: Objective, recipe: Recipe, lesson: Lesson) -> _Run:
     named = [("control." in name, p) for name, p in process.named_parameters()]
     network, schedule = [p for yes, p in named if yes], [p for yes, p in named if not yes]
     own = [p for p in objective.parameters() if p.requires_grad]
@@ -218,44 +217,17 @@ def _start(process: Process, objective: Objective, recipe: Recipe, sources: Sour
     device = next(process.parameters()).device
     ema = {name: p.detach().clone() for name, p in process.named_parameters()}
     generator = torch.Generator(device).manual_seed(recipe.seed)
-    return _Run(process, objective, optimizer, ema, generator, sources)
+    return _Run(process, objective, optimizer, ema, generator, lesson)
 
 
-def _step(run: _Run, use: Draw, recipe: Recipe, bank: Tensor | None) -> dict[str, float] | None:
+def _step(run: _Run, use: Draw, recipe: Recipe) -> dict[str, float] | None:
     """One gradient step; None when no finite gradient was found and the parameters stayed as they were."""
     run.optimizer.zero_grad()
-    weight = 1.0 / run.process.space.dof
-    if run.objective.needs_bridge:
-        assert bank is not None
-        rows = recipe.batch_size * BRIDGE_STEPS
-        loss = accumulate_bridge_gradient(
-            run.process, run.objective, use.target, bank, rows, generator=use.generator, weight=weight
-        )
-        return {"loss": loss} if _update(run, recipe, loss) else None
-    trajectory, origin = _draw(use, run.sources, recipe.batch_size)
-    log_weight = trajectory.log_weight.detach()
-    finite = log_weight.isfinite()
-    kept = trajectory if bool(finite.all()) else trajectory.select(finite)
-    loss = math.nan
-    if int(finite.sum()) >= 2:
-        if run.objective.needs_path_gradient:
-            value = run.objective(kept)
-            (weight * value).backward()
-            loss = value.item()
-        else:
-            loss = accumulate_gradient(run.process, run.objective, kept, weight=weight)
-    if not _update(run, recipe, loss):
+    taught = run.lesson.accumulate(run.objective, use, recipe.batch_size, weight=1.0 / run.process.space.dof)
+    if not _update(run, recipe, taught.loss):
         return None
-    sources = [source for source, _ in run.sources]
-    forward = trajectory.select(finite & _among(origin, [not source.backward for source in sources]))
-    for source in sources:
-        source.learn(forward, use)
-    return _summary(log_weight[finite & _among(origin, [source.on_policy for source in sources])], loss)
-
-
-def _among(origin: Tensor, chosen: list[bool]) -> Tensor:
-    """Which paths come from the chosen sources, boolean ``(B,)``."""
-    return torch.tensor(chosen, device=origin.device)[origin]
+    run.lesson.made(use)
+    return _summary(taught)
 
 
 def _update(run: _Run, recipe: Recipe, loss: float) -> bool:
@@ -274,55 +246,14 @@ def _update(run: _Run, recipe: Recipe, loss: float) -> bool:
     return True
 
 
-def _check_sources(process: Process, objective: Objective, sources: Sources, bank: Tensor | None) -> None:
-    name = type(objective).__name__
-    if objective.needs_anchors and not process.has_anchors:
-        raise ValueError(f"{name} needs a process with anchor densities; {type(process).__name__} has none.")
-    if process.learns_shift and not objective.needs_path_gradient:
-        raise ValueError(
-            f"{name} is a loss at fixed paths, which cannot train the step sizes of {type(process).__name__}; "
-            "pass learn_steps=False, or a loss with a path gradient."
-        )
-    if objective.needs_bridge:
-        if not process.has_bridge:
-            raise ValueError(f"{name} needs a process with closed-form bridges; {type(process).__name__} has none.")
-        if bank is None:
-            raise ValueError(
-                f"{name} needs backward trajectories; pass bank=particles (target samples or stored points)."
-            )
-    for source, share in sources:
-        kind = type(source).__name__
-        if not share > 0.0:
-            raise ValueError(f"Expected shares of sources > 0; got {share} for {kind}.")
-        if objective.on_policy_only and not source.on_policy:
-            raise ValueError(f"{name} needs on-policy trajectories; {kind} makes others.")
-        if objective.needs_backward_paths and not source.backward:
-            raise ValueError(f"{name} needs backward trajectories; {kind} makes others. Pass bank=particles.")
-    if not sources[0][0].ready:
-        raise ValueError(
-            f"Expected a first source that can draw from the start; {type(sources[0][0]).__name__} cannot."
-        )
-
-
-def _draw(use: Draw, sources: Sources, size: int) -> tuple[Trajectory, Tensor]:
-    """A batch of paths, and the number of each one's source, ``(B,)``."""
-    total = sum(share for _, share in sources)
-    counts = [round(size * share / total) if source.ready else 0 for source, share in sources]
-    # Rounding, and the share of sources that cannot draw yet, go to the first.
-    counts[0] = size - sum(counts[1:])
-    parts = [source.draw(n, use) for (source, _), n in zip(sources, counts, strict=True) if n]
-    batch = parts[0]
-    for part in parts[1:]:
-        batch = cat(batch, part)
-    device = batch.log_initial.device
-    return batch, torch.repeat_interleave(torch.arange(len(counts), device=device), torch.tensor(counts, device=device))
-
-
-def _summary(log_weight: Tensor, loss: float) -> dict[str, float]:
+def _summary(taught: Taught) -> dict[str, float]:
+    log_weight = taught.log_weight
+    if log_weight.numel() == 0:
+        return {"loss": taught.loss}
     if log_weight.numel() < 2:
-        return {"loss": loss, "elbo": math.nan, "log_normalizer": math.nan, "ess": math.nan}
+        return {"loss": taught.loss, "elbo": math.nan, "log_normalizer": math.nan, "ess": math.nan}
     return {
-        "loss": loss,
+        "loss": taught.loss,
         "elbo": float(log_weight.mean()),
         "log_normalizer": estimators.log_mean_exp(log_weight),
         "ess": estimators.effective_sample_size(log_weight) / log_weight.numel(),

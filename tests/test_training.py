@@ -18,8 +18,9 @@ import torch
 from cases import EUCLIDEAN, F64, MAKERS, gaussian, mixture
 from torch import Tensor
 
-from diffsampler import storage, training
+from diffsampler import lessons, storage, training
 from diffsampler.gradient import accumulate_gradient
+from diffsampler.lessons import Paths
 from diffsampler.methods.cmcd import CMCD, CMCDProcess
 from diffsampler.methods.dds import DDS
 from diffsampler.methods.dis import DIS
@@ -330,7 +331,7 @@ def test_a_batch_without_two_finite_paths_is_skipped_not_fatal():
 
 def test_parameters_learn_at_their_own_rates():
     process, objective = CMCDProcess(Euclidean(2), 4, width=8), TrajectoryBalance(0.0)
-    run = training._start(process, objective, SMALL, [(OnPolicy(), 1.0)])
+    run = training._start(process, objective, SMALL, Paths([(OnPolicy(), 1.0)]))
     groups = {group["factor"]: {id(p) for p in group["params"]} for group in run.optimizer.param_groups}
     assert groups.keys() == {1.0, training.SCHEDULE_RATE, training.OBJECTIVE_RATE}
     assert groups[training.OBJECTIVE_RATE] == {id(objective.log_normalizer)}
@@ -409,7 +410,7 @@ def test_detached_losses_keep_no_graph_over_time(monkeypatch: pytest.MonkeyPatch
         seen.append([name for name, value in vars(trajectory).items() if getattr(value, "requires_grad", False)])
         return accumulate_gradient(process, objective, trajectory, **options)
 
-    monkeypatch.setattr(training, "accumulate_gradient", watching)
+    monkeypatch.setattr(lessons, "accumulate_gradient", watching)
     for loss in (LogVariance(), VarGrad(), TrajectoryBalance(0.0)):
         bank = gaussian().sample(20, generator=torch.Generator().manual_seed(0)).float()
         fit(MAKERS["cmcd"](Euclidean(2), 3), gaussian(), loss, Recipe(steps=2, batch_size=8), bank=bank)
@@ -471,13 +472,13 @@ def test_training_is_reproducible_and_seeded():
 def test_replayed_share_of_the_batch():
     process, target = MAKERS["dds"](Euclidean(2), 3), mixture()
     recipe = Recipe(steps=1, batch_size=16, bank_share=0.25)
-    sources = training._default_sources(LogVariance(), recipe, torch.full((5, 2), 0.5))
+    lesson = training._default_lesson(LogVariance(), recipe, torch.full((5, 2), 0.5))
     use = Draw(process, target, torch.Generator().manual_seed(0), 0.0)
-    trajectory, origin = training._draw(use, sources, 16)
+    trajectory, origin = lesson.draw(use, 16)
     assert int((trajectory.x[-1] == 0.5).all(-1).sum()) == 4 and trajectory.x.shape[1] == 16
     assert bool((trajectory.x[-1, 12:] == 0.5).all()), "fresh paths come first"
     assert origin.tolist() == [0] * 12 + [1] * 4
-    assert training._draw(use, [(OnPolicy(), 1.0)], 16)[0].on_policy
+    assert Paths([(OnPolicy(), 1.0)]).draw(use, 16)[0].on_policy
 
 
 def test_history_describes_fresh_paths_only():

@@ -39,6 +39,7 @@ from diffsampler import estimators
 from diffsampler.estimators import Estimate
 from diffsampler.kernel import Kernel
 from diffsampler.kernels.langevin import ULA
+from diffsampler.lessons import Paths
 from diffsampler.methods.flow_chain import FlowChain, FlowPaths, PathKL
 from diffsampler.methods.flows import Flow, surviving
 from diffsampler.particles import Particles
@@ -196,7 +197,7 @@ class SNF(Sampler):
             self._counted,
             PathKL(),
             recipe,
-            sources=[(FlowPaths(self.chain, samples, sample_share), 1.0)],
+            lesson=Paths([(FlowPaths(self.chain, samples, sample_share), 1.0)]),
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
             resume=resume,
