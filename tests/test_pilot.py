@@ -168,7 +168,7 @@ def test_unfinished_pass_claims_no_normalizer():
     path = TemperedPath(student_t(torch.zeros(2), torch.full((2,), 50.0)), target)
     result = smc(path, n=512, num_islands=4, generator=generator(), max_temperatures=1)
     guide = Guide(None, path.reference, {"wide": 1.0})
-    answer = finish(job, Knowledge(), [Pass(guide, path, result, 0.0)], settled=False)
+    answer = finish(job, Knowledge(), [Pass(guide, path, result, 0.0)], result, settled=False)
     assert not answer.particles.has_normalizer
     assert math.isnan(answer.particles.log_normalizer.value)
     assert answer.findings[0][0] == "error"

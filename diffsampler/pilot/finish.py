@@ -1,4 +1,4 @@
-"""The pilot's last pass on replicate islands, and its result."""
+"""The result of a pilot, judged."""
 
 from __future__ import annotations
 
@@ -14,13 +14,10 @@ from diffsampler.pilot.passes import Job
 from diffsampler.pilot.record import Pass, PilotResult
 from diffsampler.pilot.search import MeanFieldFits
 from diffsampler.pilot.transport import AffineMap, Composed, TransportMap
-from diffsampler.smc import SMCResult, smc
+from diffsampler.smc import SMCResult
 
 __all__ = ["finish", "refused"]
 
-LAST_END = 0.85
-"""Fraction of a budget that the last pass is planned to end at: its cost is known to some ten per cent only."""
-SMALLEST_ISLAND = 16
 DRIFT_COST = 30
 """Evaluations per particle of the test for drift."""
 
@@ -43,26 +40,26 @@ def finish(
     job: Job,
     knowledge: Knowledge | None,
     passes: list[Pass],
+    final: SMCResult,
     *,
     settled: bool,
     report: SearchReport | None = None,
     frame: AffineMap | None = None,
 ) -> PilotResult:
-    """Repeat the schedule of the last adaptive pass with everything frozen, and judge the result.
+    """Judge the last pass and write the result.
 
     Arguments:
         job: The run.
         knowledge: What the references were built of, or None on spaces without maps.
-        passes: Adaptive passes; the last one is repeated.
+        passes: Adaptive passes; the last one's schedule was repeated.
+        final: The last pass.
         settled: Whether they agreed.
         report: What the search did.
         frame: Separating frame in which the passes ran.
     """
-    job.tell("last pass")
     modes = None if knowledge is None else knowledge.modes
     last = passes[-1]
-    guide, final = last.guide, _frozen(job, last)
-    raw = final.particles
+    guide, raw = last.guide, final.particles
     particles = Particles(
         guide.map(raw.x), raw.log_weight, raw.replicates, has_normalizer=raw.has_normalizer, nonfinite=raw.nonfinite
     )
@@ -100,31 +97,6 @@ def finish(
         seconds=job.meter.elapsed(),
         choices=_choices(passes, guide, final, knowledge) | {"separating_frame": frame is not None},
     )
-
-
-def _frozen(job: Job, last: Pass) -> SMCResult:
-    """The frozen pass; the adaptive one itself if it did not finish or the budget does not pay for another."""
-    adaptive, meter = last.result, job.meter
-    if not adaptive.finished:
-        return adaptive
-    n = job.num_particles
-    if meter.limited:
-        share = max(0.0, LAST_END - meter.used()) / max(last.cost, 1e-9)
-        n = min(n, int(share * len(adaptive.particles)))
-    size = n // job.num_islands
-    if size >= SMALLEST_ISLAND:
-        frozen = smc(
-            last.path,
-            n=job.num_islands * size,
-            num_islands=job.num_islands,
-            generator=job.generator,
-            schedule=adaptive.schedule,
-            stop=(lambda: meter.used() > 1.0) if meter.limited else None,
-        )
-        if frozen.finished:
-            return frozen
-    job.cut("no frozen last pass, so log Z and its error are those of an adaptive one")
-    return adaptive
 
 
 def _drift(job: Job, last: Pass, final: SMCResult) -> float:

@@ -6,6 +6,8 @@ pilot run in ``z``, where the target is :math:`\log\rho(T(z)) + \log|\det T'(z)|
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +18,8 @@ from diffsampler.pilot.modes import ModeSet
 from diffsampler.pilot.profile import Profile, drivers, profile_from_draws
 from diffsampler.pilot.reference import EllipticalMixture, ProductMixture, Stacked, student_t
 from diffsampler.pilot.search import MeanFieldFits
-from diffsampler.pilot.transport import AffineMap, PulledBack, TransportMap
-from diffsampler.pilot.transport_fit import fit_transport
+from diffsampler.pilot.transport import AffineMap, PulledBack, TransportMap, TriangularMap, fit_affine
+from diffsampler.pilot.transport_fit import fit_transport, fit_triangular, typical_gain
 from diffsampler.target import Target
 
 __all__ = ["Guide", "Knowledge", "first_guide", "prior_guide", "refit_guide"]
@@ -157,6 +159,23 @@ def _extended(x: Tensor, profiles: list[Profile], *, generator: torch.Generator 
     return torch.cat([x, *(p.mixture().sample(count, generator=generator) for p in profiles)])
 
 
+def _profiles(
+    target: Target, x: Tensor, held_out: Tensor, triangular: TriangularMap, known: Sequence[Profile], *, size: int
+) -> list[Profile]:
+    """Profiles along the drivers of a triangular map that is the better one at most held-out draws.
+
+    That it is much worse at a few may be the very neck that the profile is for.
+    """
+    found = {p.index: p for p in known}
+    called_for = typical_gain(triangular, fit_affine(x), held_out) > 0.05
+    for index in drivers(triangular) if called_for else []:
+        profile = profile_from_draws(target, index, x, size=size)
+        if profile is not None:
+            found.pop(index, None)
+            found[index] = profile
+    return list(found.values())[-2:]
+
+
 def refit_guide(
     target: Target,
     x: Tensor,
@@ -164,6 +183,7 @@ def refit_guide(
     knowledge: Knowledge,
     *,
     profile_size: int = 64,
+    profiles: Sequence[Profile] = (),
     generator: torch.Generator | None = None,
 ) -> Guide:
     """The reference of a later pass, from equally weighted draws of the one before.
@@ -174,14 +194,16 @@ def refit_guide(
         held_out: Draws from other islands, shape ``(m, D)``.
         knowledge: What the search found.
         profile_size: Grid points of profiles; none are made below 8.
+        profiles: Profiles of the pass before; they stay where these draws do not lead to new ones.
         generator: Source of randomness.
     """
-    transport = fit_transport(x, held_out)
+    triangular = fit_triangular(x) if x.shape[1] > 1 else None
     several = knowledge.modes is not None and len(knowledge.modes) > 1
     # Separate modes have no single conditional peak to follow.
-    found_drivers = [] if several or profile_size < 8 else drivers(transport)
-    profiles = [profile_from_draws(target, index, x, size=profile_size) for index in found_drivers]
-    found = [p for p in profiles if p is not None]
+    found: list[Profile] = []
+    if not several and triangular is not None and profile_size >= 8:
+        found = _profiles(target, x, held_out, triangular, profiles, size=profile_size)
+    transport = fit_transport(x, held_out, triangular=triangular)
     if found:
         # The map must know the necks that the draws have not entered, or it bends wildly there.
         transport = fit_transport(*(_extended(draws, found, generator=generator) for draws in (x, held_out)))
@@ -207,7 +229,9 @@ def refit_guide(
     if dim > 1:
         parts["product"] = (PulledBack(fit_product(x), transport), 0.0)
     for profile in found:
-        parts[f"profile {profile.index}"] = (PulledBack(profile.mixture(), transport), 0.1)
+        # The first is exact where conditionals are Gaussian, the second is there for the case that they are not.
+        parts[f"profile {profile.index}"] = (PulledBack(profile.mixture(df=math.inf, inflate=1.0), transport), 0.05)
+        parts[f"profile {profile.index} heavy"] = (PulledBack(profile.mixture(), transport), 0.05)
     for name, (part, floor) in knowledge.components().items():
         parts[name] = (PulledBack(part, transport), floor)
     return _stacked(parts, z_held[keep], transport, profiles=found)

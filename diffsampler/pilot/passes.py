@@ -16,7 +16,7 @@ from diffsampler.smc import smc
 from diffsampler.target import CountedTarget, Target
 from diffsampler.tempering import TemperedPath
 
-__all__ = ["Job", "adaptive_pass", "agree", "repeat_passes", "share_of"]
+__all__ = ["Job", "adaptive_pass", "agree", "refit", "repeat_passes", "share_of"]
 
 FIRST_COST = 120.0
 """Evaluations per particle that a first pass is expected to take."""
@@ -127,10 +127,10 @@ def repeat_passes(
             return False
         if job.meter.limited and job.meter.used() + 0.5 * own[-1].cost > PASSES_END:
             return False
-        guide = _refit(job, target, own[-1], knowledge)
+        guide = refit(job, target, own[-1], knowledge)
 
 
-def _refit(job: Job, target: Target, last: Pass, knowledge: Knowledge) -> Guide:
+def refit(job: Job, target: Target, last: Pass, knowledge: Knowledge) -> Guide:
     """Fit on the draws of half of the islands, choose on those of the other half."""
     x, log_weight = last.x, last.result.particles.log_weight
     half = x.shape[0] // 2
@@ -141,7 +141,10 @@ def _refit(job: Job, target: Target, last: Pass, knowledge: Knowledge) -> Guide:
         draws.append(x[part][systematic_resample(weight, generator=job.generator)])
     cost = 40.0 * target.dim
     size = int(64 * share_of(job, target, batch=512, share=0.05, usual=96 * cost))
-    return refit_guide(target, draws[0], draws[1], knowledge, profile_size=size, generator=job.generator)
+    return refit_guide(
+        target, draws[0], draws[1], knowledge,
+        profile_size=size, profiles=last.guide.profiles, generator=job.generator,
+    )  # fmt: skip
 
 
 def agree(estimates: list[Estimate]) -> bool:

@@ -6,7 +6,8 @@ r"""The automatic pilot: from a log density alone to weighted particles with an 
 2. The reference and a transport map are refitted to the draws, and the pass is repeated until successive estimates of
    log Z agree.
 3. A last pass repeats the schedule with everything frozen on replicate islands: given the pilot,
-   :math:`E[\hat Z] = Z` exactly, and the spread of the islands is the error bar.
+   :math:`E[\hat Z] = Z` exactly, and the spread of the islands is the error bar. It is repeated in rounds until the
+   moments of all coordinates are precise.
 
 A budget makes every part smaller, and findings say which; without one nothing depends on the clock.
 
@@ -30,6 +31,7 @@ from diffsampler.pilot.frame import separating_frame
 from diffsampler.pilot.guard import Guarded
 from diffsampler.pilot.guide import Guide, Knowledge, first_guide, prior_guide, wide_law
 from diffsampler.pilot.improper import probe_tails
+from diffsampler.pilot.last_pass import last_pass
 from diffsampler.pilot.manifold import choose_reference
 from diffsampler.pilot.modes import ModeSet, SearchReport, search_modes
 from diffsampler.pilot.passes import Job, adaptive_pass, agree, repeat_passes, share_of
@@ -115,7 +117,8 @@ def _from_prior(job: Job, prior: Target) -> PilotResult:
     limit = min(job.max_passes, PRIOR_PASSES)
     settled = repeat_passes(job, job.target, knowledge, guide, passes, limit=limit)
     if settled or job.meter.used() > 0.25:
-        return finish(job, knowledge, passes, settled=settled)
+        final = last_pass(job, job.target, knowledge, passes)
+        return finish(job, knowledge, passes, final, settled=settled)
     return _searched(job, passes, prior=prior)
 
 
@@ -139,7 +142,8 @@ def _searched(job: Job, passes: list[Pass], *, prior: Target | None = None) -> P
     modes, report = _modes(job, working, fits)
     knowledge = _knowledge(job, working, fits, modes, report, prior)
     settled = repeat_passes(job, working, knowledge, first_guide(knowledge), passes, limit=job.max_passes)
-    return finish(job, knowledge, passes, settled=settled, report=report, frame=frame)
+    final = last_pass(job, working, knowledge, passes)
+    return finish(job, knowledge, passes, final, settled=settled, report=report, frame=frame)
 
 
 def _fits(job: Job, target: Target) -> MeanFieldFits:
@@ -210,7 +214,7 @@ def _on_space(job: Job) -> PilotResult:
         if not passes[-1].result.finished or (meter.limited and meter.used() + 0.5 * passes[-1].cost > 0.65):
             break
     settled = agree([p.result.particles.log_normalizer for p in passes])
-    return finish(job, None, passes, settled=settled)
+    return finish(job, None, passes, last_pass(job, job.target, None, passes), settled=settled)
 
 
 def run_pilot(

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffsampler.pilot.ascent import curved_ascent
 from diffsampler.target import Target
 
 __all__ = ["MeanFieldFits", "climb", "fit_mean_field", "multistart", "spread_over"]
@@ -32,8 +33,6 @@ __all__ = ["MeanFieldFits", "climb", "fit_mean_field", "multistart", "spread_ove
 
 # Depth of a hard wall in nats, as the variational search feels it.
 WALL = 6.0
-# Mean score in own scales above which a fit is still on its way; settled fits stay below 1.5.
-UNSETTLED = 3.0
 RECENTRINGS = 3
 
 
@@ -194,8 +193,8 @@ def multistart(
 ) -> MeanFieldFits:
     """Mean-field fits from starts at many scales; later rounds restart in 1, 2 and 4 times the spread of the good ones.
 
-    Where the best fit is still on its way (the density is many of its own scales away from the origin), ascents lead
-    to a better centre for the starts.
+    Where the best fit is still on its way (the density is many of its own scales away from the origin), an ascent along
+    ridges leads to a better centre for the starts.
 
     Returns:
         The good and distinct fits of all rounds, continued until they have settled; take ``.good().distinct()``.
@@ -206,42 +205,36 @@ def multistart(
             target, centre, num_starts=num_starts, rounds=rounds, steps=steps, scales=scales, generator=generator
         )
 
-    first = fits = around(torch.zeros(target.dim, dtype=torch.float64))
+    fits = around(torch.zeros(target.dim, dtype=torch.float64))
     for _ in range(RECENTRINGS):
-        best = fits.good().distinct(limit=1)
-        if _pull(target, best) < UNSETTLED:
-            return fits
-        end, _ = climb(target, best.location, best.scale, steps=100)
-        centre = _ascend(target, end[0], best.scale[0])
-        if not bool(torch.isfinite(centre).all()):
-            return first
-        fits = around(centre)
-    # Without end where the density rises without end.
-    return fits if _pull(target, fits.good().distinct(limit=1)) < UNSETTLED else first
+        centre = _better_centre(target, fits, steps=steps, max_evaluations=20 * num_starts * steps, generator=generator)
+        if centre is None:
+            break
+        # Fits that are as good stay: together they may know of more.
+        fits = fits.merged(around(centre))
+    return fits
 
 
-def _pull(target: Target, fit: MeanFieldFits) -> float:
-    """Largest mean score over one fit in units of its own scale; it vanishes at the optimum of the bound."""
-    generator = torch.Generator().manual_seed(0)
-    eps = torch.randn((16, fit.location.shape[1]), generator=generator, dtype=fit.location.dtype)
-    x = fit.location + fit.scale * torch.cat([eps, -eps])
-    scaled = fit.scale * target.log_prob_and_score(x)[1].to(fit.location.dtype)
-    scaled = scaled[torch.isfinite(scaled).all(-1)]
-    return float(scaled.mean(0).abs().max()) if len(scaled) else 0.0
+def _better_centre(
+    target: Target, fits: MeanFieldFits, *, steps: int, max_evaluations: float, generator: torch.Generator | None
+) -> Tensor | None:
+    """Where an ascent from the best fit leads, ``(D,)``, if it is far from all fits and its own has a higher bound.
 
-
-def _ascend(target: Target, x: Tensor, unit: Tensor, *, steps: int = 300) -> Tensor:
-    """Where a quasi-Newton ascent from one point ``(D,)`` ends; it follows curved ridges, unlike :func:`climb`."""
-    z = torch.zeros_like(x, requires_grad=True)
-    optimizer = torch.optim.LBFGS([z], max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        log_prob, score = target.log_prob_and_score((x + unit * z.detach()).unsqueeze(0))
-        z.grad = -unit * score[0].to(z.dtype)
-        return -log_prob[0].double()
-
-    optimizer.step(closure)
-    return x + unit * z.detach()
+    In a spike or a neck it has not, however high the density.
+    """
+    best = fits.good().distinct(limit=1)
+    # A fit that was thrown far out may be beyond the reach of an ascent where the origin is not.
+    starts = [(best.location[0], best.scale[0]), (torch.zeros_like(best.location[0]), torch.ones_like(best.scale[0]))]
+    ends = [curved_ascent(target, x, scale, max_evaluations=max_evaluations) for x, scale in starts]
+    location, scale = (torch.stack(parts) for parts in zip(*ends, strict=True))
+    usable = (torch.isfinite(location) & torch.isfinite(scale) & (scale > 0)).all(-1)
+    if not bool(usable.any()):
+        return None
+    fit = fit_mean_field(target, location[usable], scale[usable], steps=steps // 2, generator=generator)
+    fit = fit.subset(fit.elbo.argmax().reshape(1))
+    mean, spread = fits.good().pooled()
+    elsewhere = bool(((fit.location[0] - mean).abs() > 4.0 * spread).any())
+    return fit.location[0] if elsewhere and float(fit.elbo) > float(best.elbo) + 3.0 else None
 
 
 def _rounds(
