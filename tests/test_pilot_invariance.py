@@ -75,10 +75,9 @@ def test_same_answer_in_other_coordinates(build, dim, shift, scale, seed):
     check(build, dim, shift, scale, seed)
 
 
-# A curved ridge of 1e-3 that starts 1e7 of its widths away is out of reach of the search.
 @pytest.mark.parametrize(
     ("build", "shift", "scale"),
-    [(mixture, 1e4, 1.0), (mixture, 0.0, 1e-3), (mixture, 1e4, 1e-3), (banana, 1e4, 1.0), (banana, 0.0, 1e-3)],
+    [(mixture, 1e4, 1.0), (mixture, 0.0, 1e-3), (mixture, 1e4, 1e-3), (banana, 1e4, 1e-3), (banana, 0.0, 1e-3)],
 )
 def test_same_answer_far_away_and_at_small_scales(build, shift, scale):
     check(build, 3, shift, scale, 7)
