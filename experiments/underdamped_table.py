@@ -45,6 +45,7 @@ CASES: dict[str, Case] = {
     "ucmcd_local_64": Case(ds.UCMCD, 64, {"local_mass": True}),
     "ucmcd_local_128": Case(ds.UCMCD, 128, {"local_mass": True}),
     "ucmcd_local_256": Case(ds.UCMCD, 256, {"local_mass": True}),
+    "cmcd_local_64": Case(ds.CMCD, 64, {"local_steps": True}),
     "cmcd_local_256": Case(ds.CMCD, 256, {"local_steps": True}),
 }
 
