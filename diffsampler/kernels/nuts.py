@@ -41,6 +41,8 @@ __all__ = ["NUTS"]
 
 ROUNDS_PER_CALL = 32
 """Leaves for which random numbers are drawn at once."""
+FIRST_SLOTS = 5
+"""Slots to start with, enough for subtrees of 32 leaves; all that a longest trajectory needs come when it does."""
 
 
 class _Tree(NamedTuple):
@@ -84,7 +86,7 @@ class NUTS(Kernel):
     """The No-U-Turn sampler on many chains, see the module.
 
     ``Info.acceptance`` is the mean over a trajectory of the acceptance probabilities that its leaves would have had, as
-    step-size adaptation needs it.
+    step-size adaptation needs it. On a torus trajectories run round without turning back; give a small ``max_depth``.
 
     Arguments:
         space: Where the particles live.
@@ -109,12 +111,14 @@ class NUTS(Kernel):
         step = (step * scale).expand_as(state.x).reshape_as(x)
         velocity = self.space.noise((n,), like=x, generator=generator)
         forward = torch.rand((self.max_depth, n), generator=generator, dtype=x.dtype, device=device) < 0.5
-        energy = kinetic(velocity) - state.log_prob.reshape(-1).double()
+        energy, most = kinetic(velocity) - state.log_prob.reshape(-1).double(), max(self.max_depth - 1, 1)
         tree = _plant(
             x, state.log_prob.reshape(-1), state.score.reshape_as(x), velocity, slots=max(self.max_depth - 1, 1)
         )
         rounds = 0
         while bool(tree.active.any()):
+            if bool((tree.active & (tree.depth > tree.slots.shape[2])).any()):
+                tree = tree._replace(slots=torch.nn.functional.pad(tree.slots, (0, 0, 0, most - tree.slots.shape[2])))
             shape = (ROUNDS_PER_CALL, 2, n)
             uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=device)
             tree = tree._replace(round=torch.zeros_like(tree.round))
@@ -142,11 +146,13 @@ class NUTS(Kernel):
         uniform: Tensor,
         *tree: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Add leaves until no chain is active or the random numbers are used up."""
+        """Add leaves until no chain is active, or random numbers or slots are used up."""
 
         def unfinished(*carry: Tensor) -> Tensor:
             tree = _Tree(*carry)
-            return tree.active.any() & (tree.round < ROUNDS_PER_CALL)
+            # A subtree of depth j needs j slots.
+            deep = tree.active & (tree.depth > tree.slots.shape[2])
+            return tree.active.any() & ~deep.any() & (tree.round < ROUNDS_PER_CALL)
 
         def body(*carry: Tensor) -> tuple[Tensor, ...]:
             tree = _Tree(*carry)
