@@ -64,8 +64,7 @@ def sample(
         resume: Continue from the folder's checkpoint if there is one.
         choices: ``fit.choices`` of another run, to repeat it: the same draws bit for bit on one machine, whatever the
             time it takes. Options besides must be left out or agree; a configured sampler must be handed over again,
-            in the state in which it was. Where something comes out differently, a finding says what. Refused for
-            ``"auto"`` with a budget in seconds.
+            in the state in which it was. Where something comes out differently, a finding says what.
 
     Returns:
         The draws with their weights, log Z with its error, and the findings.

@@ -131,11 +131,6 @@ def repeat_options(options: Options, choices: Mapping[str, Any], *, resume: bool
         raise ValueError(f"Expected choices['budget'] with {', '.join(names)}; got {budget!r}.")
     if choices["dtype"] not in DTYPES:
         raise ValueError(f"Expected choices['dtype'] to be one of {', '.join(DTYPES)}; got {choices['dtype']!r}.")
-    if method == "auto" and budget["seconds"] is not None:
-        raise ValueError(
-            "Expected choices of a run without a budget in seconds for method 'auto', whose pilot does not record what "
-            "time decided; got one of seconds. Budgets in evaluations or steps can be repeated."
-        )
     plain = {name: choices[name] for name in ("num_samples", "seed", "device")}
     recorded = Options(method, dtype=DTYPES[choices["dtype"]], budget=Budget(**budget), **plain)
     given = replace(options, device=None if options.device is None else str(torch.device(options.device)))

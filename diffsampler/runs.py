@@ -196,6 +196,7 @@ def run_auto(task: Task, method: str | Sampler) -> Answer:
         seconds=None if budget.seconds is None else PILOT_SHARE * budget.seconds,
         evaluations=None if budget.evaluations is None else int(PILOT_SHARE * budget.evaluations),
         progress=task.progress.tell,
+        clock=task.watch("pilot", lambda: task.seconds, levels=None),
     )
     findings = [Finding(*finding) for finding in pilot.findings]  # type: ignore[arg-type]
     if pilot.particles is None:

@@ -63,7 +63,7 @@ def test_choices_repeat_a_run(small, method):
         assert torch.equal(again.sampler.sample(20, seed=9).x, fit.sampler.sample(20, seed=9).x)
 
 
-@pytest.mark.parametrize("method", ["smc", "dis", "cmcd"])
+@pytest.mark.parametrize("method", ["auto", "smc", "dis", "cmcd"])
 def test_choices_repeat_a_run_that_time_ended(small, monkeypatch, method):
     """The second run sees a density of another speed: decided anew by time, it would come out differently."""
     pause = 0.0
@@ -130,7 +130,6 @@ CHOICES = {
     "checksum": "0123456789abcdef",
 }
 TIMED = {**CHOICES, "budget": {"seconds": 2.0, "evaluations": None, "steps": None}}
-TIMED_AUTO = {**{key: value for key, value in TIMED.items() if key not in ("betas", "num_islands")}, "method": "auto"}
 
 
 def without(name):
@@ -154,7 +153,6 @@ REFUSED = {
     "unknown budget": ({**CHOICES, "budget": {"hours": 1}}, {}, ValueError, "with seconds, evaluations, steps"),
     "bad number": ({**CHOICES, "num_samples": 0}, {}, ValueError, "Expected num_samples >= 1; got 0"),
     "unknown method": ({**CHOICES, "method": "magic"}, {}, ValueError, "hand over the sampler again"),
-    "time in the pilot": ({**TIMED_AUTO, "clock": {}}, {}, ValueError, "without a budget in seconds for method 'auto'"),
     "no clock": (TIMED, {}, ValueError, "got them without a clock"),
     "clock without seconds": ({**CHOICES, "clock": {}}, {}, ValueError, "got them with a clock"),
     "clock of a resumed run": ({**TIMED, "clock": None}, {}, ValueError, "one that resumed"),

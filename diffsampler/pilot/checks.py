@@ -103,8 +103,9 @@ def judge(
     modes: ModeSet | None,
     report: SearchReport | None,
     settled: bool,
+    prior: bool = False,
 ) -> list[FindingTuple]:
-    """All findings about a finished run."""
+    """All findings about a finished run; where a ``prior`` is known, no remedy asks for one."""
     findings: list[FindingTuple] = []
     if not final.finished:
         message = f"The budget ended at temperature {final.beta:.3g}: the particles do not represent the target."
@@ -116,7 +117,9 @@ def judge(
         message = f"Successive passes do not agree on log Z ({values})."
         if len(estimates) == 1:
             message = "The budget paid for one pass only: nothing confirms its log Z."
-        findings.append(("warning", message, "Raise the budget, or hand over a prior."))
+        findings.append(
+            ("warning", message, "Raise the budget." if prior else "Raise the budget, or hand over a prior.")
+        )
     last = particles.log_normalizer
     gap = abs(last.value - estimates[-1].value)
     if gap > 4.0 * math.hypot(last.std_error, estimates[-1].std_error) + 0.05:
@@ -130,7 +133,9 @@ def judge(
     ancestors = float(final.effective_ancestors.mean())
     if ancestors < 10.0:
         message = f"Only {ancestors:.1f} reference draws per island have descendants that count."
-        findings.append(("warning", message, "Use more particles or hand over a prior."))
+        findings.append(
+            ("warning", message, "Use more particles." if prior else "Use more particles or hand over a prior.")
+        )
     if min(final.acceptance) < 0.3:
         message = f"Moves were accepted at a rate of {min(final.acceptance):.2f} only."
         findings.append(("warning", message, "The density may not be smooth; check its gradient."))
@@ -144,7 +149,8 @@ def judge(
                 f"A neck may be lost: a profile along coordinate {profile.index} sees a probability of {lost:.2f} in a "
                 "tail where the particles have 0.02."
             )
-            findings.append(("warning", message, "Hand over a prior, or use a non-centred parametrisation."))
+            remedy = "Use a non-centred parametrisation."
+            findings.append(("warning", message, remedy if prior else f"Hand over a prior, or {remedy.lower()}"))
     return findings + _search_findings(particles, modes, report)
 
 

@@ -72,6 +72,7 @@ def finish(
         modes=modes,
         report=report,
         settled=settled,
+        prior=knowledge is not None and knowledge.prior is not None,
     )
     findings += _budget_findings(job, passes, final)
     centres = raw.x.new_zeros(0, job.target.dim) if modes is None else modes.centre

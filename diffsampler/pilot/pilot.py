@@ -20,6 +20,7 @@ References:
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import final
 
@@ -88,6 +89,7 @@ class Pilot:
         seconds: float | None = None,
         evaluations: int | None = None,
         progress: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> PilotResult:
         """Run the pilot on a target; see :func:`run_pilot`."""
         guard = Guarded(target)
@@ -95,7 +97,7 @@ class Pilot:
         job = Job(
             counted,
             guard,
-            Meter(counted, seconds=seconds, evaluations=evaluations),
+            Meter(counted, seconds=seconds, evaluations=evaluations, clock=clock),
             generator,
             progress or (lambda _: None),
             self.num_particles,
@@ -227,6 +229,7 @@ def run_pilot(
     seconds: float | None = None,
     evaluations: int | None = None,
     progress: Callable[[str], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> PilotResult:
     """Sample a target with nothing to tune.
 
@@ -239,6 +242,7 @@ def run_pilot(
         seconds: Wall-clock budget.
         evaluations: Budget in points at which the target is evaluated.
         progress: Told what is being done, one short phrase each.
+        clock: Tells the time in seconds; with its readings repeated, so is a run that time shaped.
 
     Returns:
         The particles, everything that was chosen, and the findings.
@@ -248,5 +252,11 @@ def run_pilot(
     """
     pilot = Pilot(num_particles=num_particles, num_islands=num_islands)
     return pilot.run(
-        target, generator=generator, prior=prior, seconds=seconds, evaluations=evaluations, progress=progress
+        target,
+        generator=generator,
+        prior=prior,
+        seconds=seconds,
+        evaluations=evaluations,
+        progress=progress,
+        clock=clock,
     )
