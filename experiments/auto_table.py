@@ -217,7 +217,8 @@ def draw(found: dict[str, list[Row]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(CASES), choices=list(CASES), metavar="TARGET")
-    parser.add_argument("--seeds", type=int, default=10, help="number of seeds, from 0 on")
+    parser.add_argument("--seeds", type=int, default=10, help="number of seeds")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--num-samples", type=int, default=Settings.num_samples)
     parser.add_argument("--seconds", type=float, default=None, help="budget of a run")
     parser.add_argument("--evaluations", type=int, default=None, help="budget of a run")
@@ -228,7 +229,7 @@ def main() -> None:
     settings = Settings(options.num_samples, options.seconds, options.evaluations)
     folder = Folder(options.out, settings)
     # Seed by seed: an interrupted table has all targets with fewer seeds.
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for name in options.only:
             if not options.table and not folder.done(name, seed):
                 row = run(CASES[name], seed, settings)
