@@ -16,11 +16,15 @@ from diffsampler.inference import sample as sample
 from diffsampler.methods.cmcd import CMCD as CMCD
 from diffsampler.methods.cmcd import MCD as MCD
 from diffsampler.methods.cmcd import AnnealedULA as AnnealedULA
+from diffsampler.methods.conditional import ConditionalDIS as ConditionalDIS
+from diffsampler.methods.conditional import ConditionalTarget as ConditionalTarget
 from diffsampler.methods.dds import DDS as DDS
 from diffsampler.methods.dis import DIS as DIS
 from diffsampler.methods.ensemble_score import EnsembleScore as EnsembleScore
 from diffsampler.methods.foellmer import Foellmer as Foellmer
 from diffsampler.methods.gbs import GBS as GBS
+from diffsampler.methods.gfn import DGFS as DGFS
+from diffsampler.methods.gfn import GFN as GFN
 from diffsampler.methods.mixflow import MixFlow as MixFlow
 from diffsampler.methods.pis import PIS as PIS
 from diffsampler.methods.snf import SNF as SNF

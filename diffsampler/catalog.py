@@ -22,7 +22,17 @@ METHODS: dict[str, MethodInfo] = {
     "pis": MethodInfo("pis", "Path Integral Sampler (Zhang, Chen)", 2022, "gradient"),
     "dds": MethodInfo("dds", "Denoising Diffusion Samplers (Vargas, Grathwohl, Doucet)", 2023, "gradient"),
     "dis": MethodInfo("dis", "Improved sampling via learned diffusions (Richter, Berner)", 2024, "gradient"),
+    "gbs": MethodInfo("gbs", "Bridge sampler, both chains learned (Richter, Berner)", 2024, "gradient"),
     "cmcd": MethodInfo("cmcd", "Controlled Monte Carlo Diffusions (Vargas et al.)", 2024, "gradient"),
+    "mcd": MethodInfo(
+        "mcd", "Score-based diffusion meets annealed importance sampling (Doucet et al.)", 2022, "gradient"
+    ),
+    "ula": MethodInfo("ula", "Monte Carlo variational auto-encoders: annealed ULA (Thin et al.)", 2021, "gradient"),
+    "ucmcd": MethodInfo("ucmcd", "Controlled Monte Carlo Diffusions, underdamped (Vargas et al.)", 2024, "gradient"),
+    "ldvi": MethodInfo("ldvi", "Langevin diffusion variational inference (Geffner, Domke)", 2023, "gradient"),
+    "uha": MethodInfo("uha", "Uncorrected Hamiltonian annealing (Geffner, Domke)", 2021, "gradient"),
+    "gfn": MethodInfo("gfn", "Off-policy training of diffusion samplers (Sendera et al.)", 2024, "gradient"),
+    "dgfs": MethodInfo("dgfs", "Diffusion generative flow samplers (Zhang et al.)", 2024, "gradient"),
 }
 LEARNED = tuple(name for name in METHODS if name not in ("auto", "smc"))
 """Methods that train, and so keep checkpoints."""

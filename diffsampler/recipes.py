@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from diffsampler.estimators import systematic_resample
-from diffsampler.methods.cmcd import CMCD
+from diffsampler.methods.cmcd import CMCD, MCD, AnnealedULA
 from diffsampler.methods.dds import DDS
 from diffsampler.methods.dis import DIS
+from diffsampler.methods.gbs import GBS
+from diffsampler.methods.gfn import DGFS, GFN
 from diffsampler.methods.pis import PIS
+from diffsampler.methods.underdamped import LDVI, UCMCD, UHA
 from diffsampler.objective import BridgeLikelihood, LogVariance
 from diffsampler.particles import Particles
 from diffsampler.pilot import PilotResult
@@ -133,6 +136,7 @@ def learned_sampler(
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     features = 64 if target.dim <= 4 else 0
     noise_min = min(0.5, max(0.01, 0.5 * local))
+    annealed: dict[str, Any] = {"scale": 1.5, "local_scale": local, "seed": seed}
     makers: dict[str, Callable[[], DiffusionSampler]] = {
         "pis": lambda: PIS(standard, scale=1.5, point_features=features, seed=seed),
         "dds": lambda: DDS(standard, scale=1.5, point_features=features, seed=seed),
@@ -143,7 +147,15 @@ def learned_sampler(
             point_features=features,
             seed=seed,
         ),
-        "cmcd": lambda: CMCD(standard, scale=1.5, local_scale=local, seed=seed),
+        "gbs": lambda: GBS(standard, point_features=features, **annealed),
+        "cmcd": lambda: CMCD(standard, **annealed),
+        "mcd": lambda: MCD(standard, **annealed),
+        "ula": lambda: AnnealedULA(standard, **annealed),
+        "ucmcd": lambda: UCMCD(standard, **annealed),
+        "ldvi": lambda: LDVI(standard, **annealed),
+        "uha": lambda: UHA(standard, **annealed),
+        "gfn": lambda: GFN(standard, scale=1.5, level_min=noise_min, point_features=features, seed=seed),
+        "dgfs": lambda: DGFS(standard, scale=1.5, level_min=noise_min, point_features=features, seed=seed),
     }
     sampler = makers[name]().to(device=generator.device, dtype=dtype)
     choices = {

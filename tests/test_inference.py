@@ -49,7 +49,8 @@ def same(a: ds.Fit, b: ds.Fit) -> bool:
     return torch.equal(a.particles.x, b.particles.x) and torch.equal(a.particles.log_weight, b.particles.log_weight)
 
 
-METHODS = ["auto", "smc", "pis", "dds", "dis", "cmcd"]
+LEARNED = ["pis", "dds", "dis", "gbs", "cmcd", "mcd", "ula", "ucmcd", "ldvi", "uha", "gfn", "dgfs"]
+METHODS = ["auto", "smc", *LEARNED]
 
 
 @pytest.mark.parametrize("method", METHODS)
