@@ -53,10 +53,13 @@ def accumulate_gradient(
             surrogate = surrogate + (grads["log_backward"][steps, particles] * log_b).sum()
         surrogate.backward()
     if process.learns_initial:
-        (grads["log_initial"] * process.log_initial(trajectory.x[0])).sum().backward()
+        first = None if trajectory.log_prob is None else trajectory.log_prob[0]
+        (grads["log_initial"] * process.log_start(trajectory.x[0], first)).sum().backward()
     if process.learns_carried:
         score = None if trajectory.score is None else trajectory.score[-1]
-        (grads["log_terminal"] * process.log_carried(trajectory.x[-1], score)).sum().backward()
+        # Where the target's own density is not recorded it is a constant of the gradient.
+        last = trajectory.log_terminal if trajectory.log_prob is None else trajectory.log_prob[-1]
+        (grads["log_terminal"] * process.log_end(trajectory.x[-1], last, score)).sum().backward()
     if "log_anchor" in leaves and leaves["log_anchor"].grad is not None:
         _backward_anchors(process, trajectory, grads["log_anchor"], rows)
     return loss.item()

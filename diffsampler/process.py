@@ -149,6 +149,16 @@ class Process(nn.Module, ABC):
         """Log density ``(...)`` of what terminal states carry beside the point, float64; zero for nothing random."""
         return state.new_zeros(state.shape[:-1], dtype=torch.float64)
 
+    # Weights are made from these two: pieces of a chain begin and end at other densities than the chain itself.
+
+    def log_start(self, x: Tensor, log_prob: Tensor | None) -> Tensor:
+        """Log density ``(...)`` at which weights start, from first states and the target's log density, float64."""
+        return self.log_initial(x)
+
+    def log_end(self, x: Tensor, log_prob: Tensor, score: Tensor | None) -> Tensor:
+        """Log density ``(...)`` at which weights end, from last states and the target's log density, float64."""
+        return log_prob + self.log_carried(x, score)
+
     @abstractmethod
     def backward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
         """``B_k(. | x_{k+1})`` for ``k`` in ``0..K-1``; ``x`` and ``score`` belong to step ``k + 1``, shifted back."""

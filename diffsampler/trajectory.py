@@ -18,7 +18,7 @@ from torch import Tensor
 from diffsampler.process import Gaussian, Process
 from diffsampler.target import Target
 
-__all__ = ["Trajectory", "cat", "chunks", "ends", "log_kernels", "simulate", "simulate_backward"]
+__all__ = ["Trajectory", "cat", "chunks", "ends", "log_kernels", "retrace", "simulate", "simulate_backward"]
 
 CHUNK_ROWS = 8192
 """(step, particle) rows per batched network call: larger batches stream activations through memory and are slower."""
@@ -45,7 +45,7 @@ class Trajectory:
     on_policy: bool
     """Whether the paths were drawn from the forward chain itself."""
     log_prob: Tensor | None = None
-    """``log rho`` at all states, shape ``(K + 1, B)``, float64, if the process has anchors."""
+    """``log rho`` at all states, shape ``(K + 1, B)``, float64, where it was computed at all of them."""
 
     @property
     def num_steps(self) -> int:
@@ -168,6 +168,7 @@ def simulate(
     generator: torch.Generator | None = None,
     path_gradient: bool = False,
     exploration: float = 0.0,
+    initial: Tensor | None = None,
 ) -> Trajectory:
     """Run the forward chain from ``n`` draws of the initial law.
 
@@ -179,9 +180,10 @@ def simulate(
         path_gradient: Keep the graph through the states (for pathwise losses); otherwise nothing has a graph.
         exploration: Draw with standard deviations larger by this share. Log densities stay those of the chain itself,
             so the paths serve off-policy losses; their weights say nothing about ``Z``.
+        initial: States ``(n, S)`` to start from instead.
     """
     with torch.set_grad_enabled(path_gradient), nullcontext() if path_gradient else process.tabulated():
-        x = process.sample_initial(n, generator=generator)
+        x = process.sample_initial(n, generator=generator) if initial is None else initial
         states, seen, kernels = [x], [], []
         for k in torch.arange(process.num_steps, device=x.device):
             seen.append(_observe(process, target, x, path_gradient=path_gradient))
@@ -197,7 +199,8 @@ def simulate(
         drawn = process.drawn(process.unshift(k, path[1:]))
         log_forward = process.drawn_space.log_gaussian(drawn, mean, variance)
         log_backward = _log_all(process, path, score, forward=False)[1]
-        return _record(process, path, score, seen, log_forward, log_backward, on_policy=exploration == 0.0)
+        ratio = log_forward, log_backward
+        return _record(process, path, score, _levels(seen), ratio, on_policy=exploration == 0.0)
 
 
 def _draw(process: Process, kernel: Gaussian, factor: float, generator: torch.Generator | None) -> Tensor:
@@ -230,8 +233,30 @@ def simulate_backward(
             states.append(x)
         seen.reverse()
         path, score = torch.stack(states[::-1]), _stack([s.score for s in seen])
-        log_forward, log_backward = _log_all(process, path, score)
-        return _record(process, path, score, seen, log_forward, log_backward, on_policy=False)
+        return _record(process, path, score, _levels(seen), _log_all(process, path, score), on_policy=False)
+
+
+def retrace(
+    process: Process, x: Tensor, score: Tensor | None, log_prob: Tensor | None, *, log_terminal: Tensor | None = None
+) -> Trajectory:
+    """Paths with log densities of the process as it is now, without a graph and without asking the target again.
+
+    Arguments:
+        process: The chain.
+        x: States, shape ``(K + 1, B, S)``, drawn by whatever chain.
+        score: The target's score there, shape ``(K + 1, B, D)``, if the process needs it.
+        log_prob: The target's log density there, shape ``(K + 1, B)``.
+        log_terminal: Terminal log density ``(B,)`` where only that was recorded.
+
+    Raises:
+        ValueError: If the process needs densities that were not recorded.
+    """
+    if log_prob is None and (log_terminal is None or process.learns_carried or process.has_anchors):
+        raise ValueError(f"Expected the target's densities along the paths of {type(process).__name__}; got None.")
+    with torch.no_grad():
+        kernels = _log_all(process, x, score)
+        end = log_terminal if log_prob is None else None
+        return _record(process, x, score, log_prob, kernels, on_policy=False, end=end)
 
 
 class _Seen(NamedTuple):
@@ -278,32 +303,40 @@ def _log_all(process: Process, x: Tensor, score: Tensor | None, *, forward: bool
     return log_f, log_b
 
 
+def _levels(seen: list[_Seen]) -> Tensor:
+    """The target's log densities at all states, ``(K + 1, B)``, or only at the last one, ``(1, B)``."""
+    known = [s.log_prob for s in seen if s.log_prob is not None]
+    return torch.stack(known if len(known) == len(seen) else known[-1:])
+
+
 def _record(
     process: Process,
     x: Tensor,
     score: Tensor | None,
-    seen: list[_Seen],
-    log_forward: Tensor,
-    log_backward: Tensor,
+    levels: Tensor | None,
+    kernels: tuple[Tensor, Tensor],
     *,
     on_policy: bool,
+    end: Tensor | None = None,
 ) -> Trajectory:
-    assert seen[-1].log_prob is not None
-    log_terminal = seen[-1].log_prob + process.log_carried(x[-1], seen[-1].score)
-    log_initial = process.log_initial(x[0])
-    anchor, levels = None, None
+    """Weights from what was seen; ``end`` is the terminal log density where the levels are not known."""
+    complete = None if levels is None or len(levels) < len(x) else levels
+    if levels is not None:
+        end = process.log_end(x[-1], levels[-1], None if score is None else score[-1])
+    assert end is not None
+    anchor = None
     if process.has_anchors:
-        levels = torch.stack([s.log_prob for s in seen])  # type: ignore[misc]
+        assert complete is not None
         k = torch.arange(process.num_steps + 1, device=x.device).unsqueeze(-1)
-        anchor = process.log_anchor(k, x, levels)
+        anchor = process.log_anchor(k, x, complete)
     return Trajectory(
         x=x,
         score=score,
-        log_forward=log_forward,
-        log_backward=log_backward,
-        log_initial=log_initial,
-        log_terminal=log_terminal,
+        log_forward=kernels[0],
+        log_backward=kernels[1],
+        log_initial=process.log_start(x[0], None if complete is None else complete[0]),
+        log_terminal=end,
         log_anchor=anchor,
         on_policy=on_policy,
-        log_prob=levels,
+        log_prob=complete,
     )
