@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from diffsampler.target import Target
+from diffsampler.targets.absorption import Absorption as Absorption
 from diffsampler.targets.eight_schools import EightSchools as EightSchools
 from diffsampler.targets.funnel import Funnel as Funnel
 from diffsampler.targets.gaussian import Gaussian as Gaussian
