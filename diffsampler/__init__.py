@@ -27,6 +27,7 @@ from diffsampler.methods.gfn import DGFS as DGFS
 from diffsampler.methods.gfn import GFN as GFN
 from diffsampler.methods.mixflow import MixFlow as MixFlow
 from diffsampler.methods.pis import PIS as PIS
+from diffsampler.methods.scld import SCLD as SCLD
 from diffsampler.methods.snf import SNF as SNF
 from diffsampler.methods.underdamped import LDVI as LDVI
 from diffsampler.methods.underdamped import UCMCD as UCMCD

@@ -204,7 +204,7 @@ class Moves:
         tuner = RobbinsMonro(self.kernel.target_acceptance)
         steps = tuple(tuner.update(s, a) for s, a in zip(self.steps, population.acceptance, strict=True))
         scales = tuple(
-            SCALE_MEMORY * old + (1.0 - SCALE_MEMORY) * new
+            SCALE_MEMORY * old.to(new) + (1.0 - SCALE_MEMORY) * new
             for old, new in zip(self.scales, population.spreads, strict=True)
         )
         return replace(self, steps=steps, scales=scales)
