@@ -63,10 +63,10 @@ class Settings:
         nuts_warmup: Its warm-up.
         nuts_draws: Its recorded steps.
         pyro_steps: Warm-up steps and again draws of Pyro's NUTS, one chain: a short run, whose rate is extrapolated.
-        populations: Populations of BlackJAX's SMC.
+        populations: Most populations of BlackJAX's SMC.
         particles: Size of each.
         sizes: Particles of the library's SMC and draws of its parallel tempering, growing.
-        limit: CPU seconds above which sizes do not grow.
+        limit: CPU seconds above which sizes and numbers of populations do not grow.
     """
 
     chains: int = 64
@@ -78,7 +78,7 @@ class Settings:
     pyro_steps: int = 100
     populations: int = 8
     particles: int = 500
-    sizes: tuple[int, ...] = (1024, 4096, 16384)
+    sizes: tuple[int, ...] = (256, 1024, 4096, 16384)
     limit: float = 4.0
 
 
@@ -100,9 +100,10 @@ def chains_row(
         sampler = make(target)
         sampler.init = start
         began = cpu_seconds()
-        sampler.warmup = 8
+        # Long enough for a first metric, with which transitions compile anew.
+        sampler.warmup = min(50, settings.warmup)
         sampler.sample(settings.chains * 2, seed=0)
-        compiling, spent = cpu_seconds() - began, sampler.evaluations
+        first, spent = cpu_seconds() - began, sampler.evaluations
         sampler.warmup = settings.warmup
         began = time.process_time()
         particles = sampler.sample(settings.chains * settings.draws, seed=seed)
@@ -113,7 +114,7 @@ def chains_row(
         warm = sampler.adapted.evaluations * settings.chains / evaluations
         return {
             "seconds": seconds,
-            "compile_seconds": compiling,
+            "compile_seconds": first - spent * seconds / evaluations,
             "evaluations": evaluations,
             "waste": sampler.lockstep_waste,
             "compilation": sampler.compilation,
@@ -199,7 +200,10 @@ def samplers(model: Model, settings: Settings) -> dict[str, Callable]:
     }
     if model.gradient_free:
         rows["ensemble score"] = weighted_row(
-            lambda n: EnsembleScore(target, radius=scale, num_particles=n // 4), model, settings, settings.sizes[:2]
+            lambda n: EnsembleScore(target, radius=scale, num_particles=n // 4),
+            model,
+            settings,
+            settings.sizes[1:3] or settings.sizes,
         )
     if model.pyro is not None:
         rows["Pyro NUTS"] = pyro_row(model, settings)
@@ -230,7 +234,7 @@ class Cells:
         for row in rows:
             if row["settings"] != self.settings:
                 raise SystemExit(f"{self.path} holds cells with other settings: name another --out.")
-        return rows
+        return sorted(rows, key=lambda row: list(MODELS).index(row["target"]))
 
 
 def write_job(path: Path, model: Model, settings: Settings, names: list[str], seed: int, start: Tensor) -> None:

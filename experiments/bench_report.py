@@ -40,6 +40,7 @@ HEADER = (
     "ESS/1e3",
     "R-hat",
     "waste",
+    "log Z",
     "s to .1 sd",
     "evals to .1",
     *(f"{what} at {where}" for where in ("0.5M", "2 s") for what in ("mean", "TV", "log Z")),
@@ -49,8 +50,9 @@ NOTES = (
     "ESS: ArviZ bulk, the smallest coordinate; with ~ from the spread of independent blocks, the median coordinate.",
     "Chains are worth nothing where R-hat is above 1.05: they sit in the modes (or the neck) where they started.",
     "mean: worst error of a mean in standard deviations; TV: of the weights of modes (many wells: of the worst well).",
+    "log Z: absolute error at the end.",
     "s to .1 sd: CPU seconds after which that error stays below .1; > where it does not.",
-    "At 0.5M evaluations and at 2 CPU s: the last result that fits in; - where none does or nothing is known.",
+    "At 0.5M evaluations and at 2 CPU s: errors of the last result that fits in; - for none, or not known.",
     "Pyro: one chain of 100 + 100 steps, whose rates are extrapolated.",
 )
 
@@ -86,6 +88,7 @@ def summary(rows: list[Row]) -> dict[str, float]:
         "ess_per_1000": middle([1000.0 * row["ess"] / row["evaluations"] for row in rows]),
         "rhat": middle([row["rhat"] for row in rows]),
         "waste": middle([row.get("waste") for row in rows]),
+        "log_z": middle([row["curve"][-1].get("log_z") for row in rows]),
         "seconds_to": middle([reached(row["curve"], "seconds") for row in rows]),
         "evaluations_to": middle([reached(row["curve"], "evaluations") for row in rows]),
     }
@@ -113,6 +116,7 @@ def line(target: str, sampler: str, rows: list[Row]) -> list[str]:
         mark + number(found["ess_per_1000"], ".2f"),
         number(found["rhat"], ".2f"),
         number(found["waste"], ".2f"),
+        number(found["log_z"], ".3f"),
         until(found["seconds_to"], found["seconds"], ".2f"),
         until(found["evaluations_to"], found["evaluations"], ".2g"),
     ]
