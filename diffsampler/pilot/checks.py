@@ -18,6 +18,8 @@ from diffsampler.target import Target
 
 __all__ = ["FindingTuple", "drift", "judge", "lost_tail", "missing_modes"]
 
+LOST = {0.02: 0.05, 0.1: 0.2}
+"""Mass that a profile must see in a tail for a neck to count as lost, by the mass that the particles have there."""
 FindingTuple = tuple[str, str, str]
 """Level ("error", "warning" or "note"), message, remedy."""
 
@@ -43,10 +45,12 @@ def missing_modes(particles: Particles, modes: ModeSet) -> Tensor:
     return torch.nonzero((share * len(particles) > 20.0) & (count < 3.0)).flatten()
 
 
-def lost_tail(particles: Particles, profile: Profile, *, level: float = 0.02) -> float:
-    """Largest mass that a profile sees in the tails where the particles have ``level`` on each side.
+def lost_tail(particles: Particles, profile: Profile) -> tuple[float, float] | None:
+    """Mass that a profile sees in a tail and mass that the particles have there, where that is far too little.
 
-    Zero where the profile disagrees with the bulk of the particles: it is then not an approximation to rely on.
+    The outermost 2 % show what is missing at the end, the outermost 10 % what a few particles stuck in a neck hide.
+    None where nothing is lost, and where the profile disagrees with the bulk of the particles or has less than two and
+    a half grid points in it: it is then not an approximation to rely on.
     """
     x, order = particles.x[:, profile.index].sort()
     cumulative = torch.softmax(particles.log_weight, 0)[order].cumsum(0)
@@ -55,12 +59,19 @@ def lost_tail(particles: Particles, profile: Profile, *, level: float = 0.02) ->
         return float(x[int((cumulative < q).sum().clamp_max(len(particles) - 1))])
 
     edges = [quantile(q) for q in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    if float(profile.grid[1] - profile.grid[0]) > (edges[-1] - edges[0]) / 2.5:
+        return None
     inner = [profile.tail(e, below=True) for e in edges]
     mass = max(inner[-1] - inner[0], 1e-12)
     bulk = [(value - inner[0]) / mass for value in inner[1:-1]]
     if max(abs(value - expected) for value, expected in zip(bulk, (0.25, 0.5, 0.75), strict=True)) > 0.15:
-        return 0.0
-    return max(profile.tail(quantile(level), below=True), profile.tail(quantile(1.0 - level), below=False))
+        return None
+    seen = {
+        had: max(profile.tail(quantile(had), below=True), profile.tail(quantile(1.0 - had), below=False))
+        for had in LOST
+    }
+    worst = max(LOST, key=lambda had: seen[had] / LOST[had])
+    return (seen[worst], worst) if seen[worst] > LOST[worst] else None
 
 
 def drift(
@@ -95,7 +106,7 @@ def drift(
 
 def judge(
     *,
-    profiles: tuple[Profile, ...],
+    necks: dict[str, Profile],
     shift: float,
     particles: Particles,
     final: SMCResult,
@@ -105,7 +116,10 @@ def judge(
     settled: bool,
     prior: bool = False,
 ) -> list[FindingTuple]:
-    """All findings about a finished run; where a ``prior`` is known, no remedy asks for one."""
+    """All findings about a finished run, with profiles along what may make ``necks``, by name.
+
+    Where a ``prior`` is known, no remedy asks for one.
+    """
     findings: list[FindingTuple] = []
     if not final.finished:
         message = f"The budget ended at temperature {final.beta:.3g}: the particles do not represent the target."
@@ -142,12 +156,12 @@ def judge(
     if shift > 5.0:
         message = f"Further moves shift the particles: {shift:.1f} standard errors."
         findings.append(("warning", message, "Use more particles."))
-    for profile in profiles:
+    for name, profile in necks.items():
         lost = lost_tail(particles, profile)
-        if lost > 0.08:
+        if lost is not None:
             message = (
-                f"A neck may be lost: a profile along coordinate {profile.index} sees a probability of {lost:.2f} in a "
-                "tail where the particles have 0.02."
+                f"A neck may be lost: a profile along {name} sees a probability of {lost[0]:.2f} in a tail where the "
+                f"particles have {lost[1]:g}."
             )
             remedy = "Use a non-centred parametrisation."
             findings.append(("warning", message, remedy if prior else f"Hand over a prior, or {remedy.lower()}"))

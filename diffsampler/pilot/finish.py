@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,15 +10,22 @@ import torch
 from diffsampler.particles import Particles
 from diffsampler.pilot.checks import FindingTuple, drift, judge
 from diffsampler.pilot.guide import Guide, Knowledge
-from diffsampler.pilot.modes import SearchReport
+from diffsampler.pilot.modes import ModeSet, SearchReport
 from diffsampler.pilot.passes import Job
+from diffsampler.pilot.profile import Profile, profile_from_draws, score_drivers
 from diffsampler.pilot.record import Pass, PilotResult
 from diffsampler.pilot.search import MeanFieldFits
-from diffsampler.pilot.transport import AffineMap, Composed, TransportMap
+from diffsampler.pilot.transport import AffineMap, Composed, PulledBack, TransportMap
 from diffsampler.smc import SMCResult
+from diffsampler.space import Euclidean
+from diffsampler.target import Target
 
 __all__ = ["finish", "refused"]
 
+NECK_DRAWS, NECK_GRID, NECK_STEPS = 512, 32, 8
+"""Draws that show which coordinate makes a neck; grid points and Newton steps of its profile."""
+FEWEST_POINTS = 20
+"""Grid points below which a profile does not resolve where the draws are."""
 DRIFT_COST = 30
 """Evaluations per particle of the test for drift."""
 
@@ -63,8 +71,9 @@ def finish(
     particles = Particles(
         guide.map(raw.x), raw.log_weight, raw.replicates, has_normalizer=raw.has_normalizer, nonfinite=raw.nonfinite
     )
+    working: Target = job.target if frame is None else PulledBack(job.target, frame)
     findings = judge(
-        profiles=guide.profiles,
+        necks={_name(p.index, particles, frame): p for p in _necks(job, working, last, particles, final, modes)},
         shift=_drift(job, last, final),
         particles=particles,
         final=final,
@@ -100,12 +109,57 @@ def finish(
     )
 
 
+def _left(job: Job, last: Pass) -> float:
+    """Evaluations that what is left of the budget pays for."""
+    cost = last.cost / max(1, last.result.evaluations)
+    return max(0.0, 1.0 - job.meter.used()) / max(cost, 1e-12) if job.meter.limited else math.inf
+
+
+def _name(index: int, particles: Particles, frame: AffineMap | None) -> str:
+    """A coordinate of the passes in the words of the target."""
+    if frame is None:
+        return f"coordinate {index}"
+    part = (frame.matrix * particles.x.std(0)).square()
+    share = part[:, index] / part.sum(1).clamp_min(1e-300)
+    nearest = int(share.argmax())
+    return f"coordinate {nearest}" if float(share[nearest]) > 0.9 else f"a direction near to coordinate {nearest}"
+
+
+def _necks(
+    job: Job, target: Target, last: Pass, particles: Particles, final: SMCResult, modes: ModeSet | None
+) -> tuple[Profile, ...]:
+    """Profiles along the coordinates that drive the scores of others: those of the reference, or new ones.
+
+    Where a budget leaves a few hundred draws, no map shows the neck that they have lost; their scores do.
+    """
+    dim = target.dim
+    # Separate modes have no single conditional peak to follow.
+    several = modes is not None and len(modes) > 1
+    if several or dim < 2 or not final.finished or not isinstance(target.space, Euclidean):
+        return ()
+    per_point = 1.5 * NECK_STEPS * (2 * dim - 1)
+    size = int(min(NECK_GRID, (0.4 * _left(job, last) - NECK_DRAWS) / per_point))
+    if size < FEWEST_POINTS:
+        job.cut("no check for a lost neck")
+        return ()
+    x = particles.resample(NECK_DRAWS, generator=job.generator)
+    known = {p.index: p for p in last.guide.profiles if len(p.grid) >= FEWEST_POINTS}
+    profiles: list[Profile] = []
+    for index in score_drivers(x, target.log_prob_and_score(x)[1]):
+        # One new profile is what the size was chosen for.
+        fresh = not any(p.index not in known for p in profiles)
+        profile = known.get(index) or (
+            profile_from_draws(target, index, x, size=size, steps=NECK_STEPS) if fresh else None
+        )
+        profiles += [] if profile is None else [profile]
+    return tuple(profiles)
+
+
 def _drift(job: Job, last: Pass, final: SMCResult) -> float:
     """The test for drift with as many particles as the budget still pays for; zero below 128."""
     n = 1024
     if job.meter.limited:
-        cost = last.cost / max(1, last.result.evaluations)
-        n = min(n, int(max(0.0, 1.0 - job.meter.used()) / max(cost * DRIFT_COST, 1e-12)))
+        n = min(n, int(_left(job, last) / DRIFT_COST))
     if not final.finished or n < 128:
         return 0.0
     return drift(last.path.target, final, n=n, generator=job.generator)

@@ -25,7 +25,7 @@ from diffsampler.pilot.reference import EllipticalMixture
 from diffsampler.pilot.transport import TransportMap, TriangularMap
 from diffsampler.target import Target
 
-__all__ = ["Profile", "drivers", "laplace_profile", "profile_from_draws"]
+__all__ = ["Profile", "drivers", "laplace_profile", "profile_from_draws", "score_drivers"]
 
 # Grid points this far below the best carry no mass worth a component.
 DEPTH = 14.0
@@ -55,9 +55,10 @@ class Profile:
         return torch.softmax(self.log_mass, 0)
 
     def tail(self, value: float, *, below: bool) -> float:
-        """Probability that the coordinate lies below (or above) a value."""
-        mask = self.grid < value if below else self.grid > value
-        return float(self.weights()[mask].sum())
+        """Probability that the coordinate lies below (or above) a value, each grid point's spread over its cell."""
+        step = float(self.grid[1] - self.grid[0])
+        inside = ((value - self.grid) / step + 0.5).clamp(0.0, 1.0)
+        return float((self.weights() * (inside if below else 1.0 - inside)).sum())
 
     def mixture(self, *, df: float = 8.0, inflate: float = 1.1) -> EllipticalMixture:
         """Mixture of Gaussians along the grid, tilted with the slope of the conditional modes."""
@@ -84,6 +85,29 @@ def drivers(transport: TransportMap) -> list[int]:
     strength = transport.log_scale[1 : dim + 1].abs().sum(1) + transport.log_scale[dim + 1 :].abs().sum(1)
     found = [j for j in range(min(dim, 3)) if float(strength[j]) > 0.3]
     return [int(transport.order[j]) for j in found[:2]]
+
+
+def score_drivers(x: Tensor, score: Tensor, *, least: float = 0.4) -> list[int]:
+    r"""At most two coordinates with which the scores of others grow or shrink, strongest first.
+
+    The rank correlation of :math:`x_i` with :math:`|\partial_j \log\rho|`, :math:`j \ne i`, is zero for every Gaussian,
+    since :math:`\mathrm{cov}(x, \nabla\log\rho) = -I`, and for whatever is symmetric about its centre; where
+    :math:`x_i` sets the scale of others it is large even for a few hundred draws that miss the neck.
+
+    Arguments:
+        x: Equally weighted draws, shape ``(n, D)``.
+        score: Their scores, shape ``(n, D)``; rows that are not finite are left out.
+        least: Smallest absolute correlation.
+    """
+    keep = torch.isfinite(score).all(-1)
+    x, size = x[keep], score[keep].abs()
+    if len(x) < 32:
+        return []
+    a, b = (u.argsort(0).argsort(0).double() - 0.5 * (len(x) - 1) for u in (x, size))
+    correlation = (a.mT @ b / a[:, 0].square().sum()).fill_diagonal_(0.0).abs()
+    strongest = correlation.amax(1)
+    found = correlation.square().sum(1).argsort(descending=True, stable=True).tolist()
+    return [i for i in found if float(strongest[i]) > least][:2]
 
 
 def _curvature(target: Target, x: Tensor, scale: Tensor, others: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,7 +184,7 @@ def _finish(
     return Profile(index, grid, x, covariance, log_mass)
 
 
-def profile_from_draws(target: Target, index: int, x: Tensor, *, size: int = 64) -> Profile | None:
+def profile_from_draws(target: Target, index: int, x: Tensor, *, size: int = 64, steps: int = 20) -> Profile | None:
     """Profile along a coordinate on a grid that goes as far as the profile itself says there is mass.
 
     Arguments:
@@ -168,6 +192,7 @@ def profile_from_draws(target: Target, index: int, x: Tensor, *, size: int = 64)
         index: Coordinate to hold fixed.
         x: Draws, shape ``(n, D)``: where the search for conditional modes starts.
         size: Grid points of the final grid; half of them in the first, wide one.
+        steps: Newton steps on each grid.
 
     Returns:
         The profile, or None where the conditionals have no peaks.
@@ -185,7 +210,7 @@ def profile_from_draws(target: Target, index: int, x: Tensor, *, size: int = 64)
             nearest = (grid.unsqueeze(-1) - profile.grid).abs().argmin(-1)
             start = profile.mode[nearest]
             scale = profile.tril.square().sum(-1).sqrt()[nearest]
-        profile = laplace_profile(target, index, grid, start, scale)
+        profile = laplace_profile(target, index, grid, start, scale, steps=steps)
         alive = profile.log_mass > profile.log_mass.max() - DEPTH
         if int(alive.sum()) < 4:
             return None
