@@ -51,7 +51,9 @@ class Model:
         target: The density.
         answers: Computes what is known of it.
         family: Which density of the peers it is, with ``data``.
-        scale: Standard deviation of a Gaussian to start from; None for the target's prior.
+        scale: Standard deviation of a Gaussian reference to temper from; None for the target's prior.
+        start: Standard deviation of the Gaussian that chains start from; None for the reference. Priors with heavy
+            tails put a chain where BlackJAX's ChEES never gets away from, which its users would not do to it.
         dense: Whether samplers that can learn a dense metric should.
         pyro: The same as a Pyro model with its data.
         on_pyro: Whether the library's chains, too, run on the Pyro model.
@@ -63,6 +65,7 @@ class Model:
     family: str
     data: dict[str, Any]
     scale: float | None = None
+    start: float | None = None
     dense: bool = False
     pyro: tuple[Callable[..., None], tuple[Any, ...]] | None = None
     on_pyro: bool = False
@@ -70,11 +73,16 @@ class Model:
 
     @property
     def reference(self) -> Target:
-        """The law everybody starts from."""
+        """What is tempered from."""
         if self.scale is not None:
             return GaussianReference(self.target.space, scale=self.scale)
         assert self.target.prior is not None
         return self.target.prior
+
+    def starts(self, count: int, seed: int) -> Tensor:
+        """Where chains start, ``(count, D)``."""
+        law = self.reference if self.start is None else GaussianReference(self.target.space, scale=self.start)
+        return law.sample(count, generator=torch.Generator().manual_seed(seed)).double()
 
 
 def from_draws(target: Target, coordinates: list[int] | None = None) -> Answers:
@@ -184,7 +192,9 @@ def schools(*, centered: bool) -> Model:
     model = examples.eight_schools_centered if centered else examples.eight_schools_noncentered
     arguments = (torch.tensor(examples.EFFECTS), torch.tensor(examples.ERRORS))
     pyro = (model, arguments)
-    return Model(target, lambda: from_draws(target), "schools", data, pyro=pyro, on_pyro=True, gradient_free=True)
+    return Model(
+        target, lambda: from_draws(target), "schools", data, start=1.0, pyro=pyro, on_pyro=True, gradient_free=True
+    )
 
 
 def logistic_model(design: Tensor, labels: Tensor) -> None:
@@ -209,13 +219,13 @@ def breast_cancer(cache: Path, python: str | None) -> Model:
     data = {"design": target.design.numpy(), "signs": target.signs.numpy()}
     data |= {"reference_mean": 0.0, "reference_scale": 1.0}
     pyro = (logistic_model, (target.design.float(), (0.5 * (target.signs + 1.0)).float()))
-    return Model(target, lambda: importance_answers(target), "logistic", data, pyro=pyro)
+    return Model(target, lambda: importance_answers(target), "logistic", data, start=1.0, pyro=pyro)
 
 
 def funnel() -> Model:
     target = targets.Funnel()
     # Only the neck: the other coordinates have tails that no average of draws settles in.
-    return Model(target, lambda: from_draws(target, [0]), "funnel", {}, scale=3.0, gradient_free=True)
+    return Model(target, lambda: from_draws(target, [0]), "funnel", {}, scale=3.0, start=1.0, gradient_free=True)
 
 
 def mixture(target: targets.GaussianMixture, scale: float) -> Model:

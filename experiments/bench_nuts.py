@@ -7,10 +7,10 @@ One command, one table, one figure:
     python experiments/bench_nuts.py --table                     # of what is there
 
 Every cell (target, sampler, seed) is a JSON file with settings and versions; an interrupted run goes on where it was.
-Everybody starts from the same points or particles, runs on one thread and is timed in CPU seconds of the process, with
-warm-up and tuning and without compilation, which has its own column. A cell is a curve of errors against work: for
-chains over growing parts of one run, for weighted particles over runs of growing size, for BlackJAX's SMC over growing
-numbers of populations. Equal evaluations and equal seconds are two readings of that curve.
+All chains start from the same points and all particles from the same law. Everybody runs on one thread and is timed in
+CPU seconds of the process, with warm-up and tuning and without compilation, which has its own column. A cell is a curve
+of errors against work: for chains over growing parts of one run, for weighted particles over runs of growing size, for
+BlackJAX's SMC over growing numbers of populations. Equal evaluations and equal seconds are two readings of that curve.
 """
 
 from __future__ import annotations
@@ -318,7 +318,7 @@ def run_target(name: str, options: argparse.Namespace, settings: Settings, cells
         return
     answers = model.answers()
     for seed in options.seeds:
-        start = model.reference.sample(settings.chains, generator=torch.Generator().manual_seed(seed)).double()
+        start = model.starts(settings.chains, seed)
         for sampler, run in rows.items():
             if not cells.file(name, sampler, seed).exists():
                 save(cells, name, sampler, seed, run(answers, start, seed))

@@ -74,7 +74,7 @@ def test_effective_size_from_blocks(bench):
 def test_job_of_the_peers(bench, tmp_path):
     model = bench.MODELS["schools_centered"](tmp_path, None)
     settings = bench.Settings(populations=2, particles=3)
-    start = model.reference.sample(64, generator=torch.Generator().manual_seed(0)).double()
+    start = model.starts(64, 0)
     bench.write_job(tmp_path / "job.npz", model, settings, ["BlackJAX SMC"], 1, start)
     with numpy.load(tmp_path / "job.npz") as job:
         assert job["particles"].shape == (2, 3, 10) and str(job["family"]) == "schools" and bool(job["centered"])
