@@ -11,7 +11,7 @@ from pyro.ops.stats import effective_sample_size
 from torch import Tensor
 
 from diffsampler.baselines.warmup import Adapted, jittered, warm_up
-from diffsampler.kernel import Kernel, LogDensity, State
+from diffsampler.kernel import FreeRunningKernel, Kernel, KernelParams, LogDensity, State
 from diffsampler.kernels.chees import ChEES
 from diffsampler.kernels.compiled import CompiledDensity, whiten
 from diffsampler.kernels.metric import DenseMetric, DiagonalMetric
@@ -21,6 +21,8 @@ from diffsampler.target import Target
 
 __all__ = ["ChainOptions", "ChainSampler", "Chains", "bulk_effective_sample_size"]
 
+TRANSITIONS_PER_RUN = 512
+"""Transitions after which chains that run freely meet again, which bounds the memory of their random starts."""
 WORTH_TRACING = 2_000
 """Gradient calls of a run below which compiling cannot pay, whatever the density."""
 SECONDS_PER_OPERATION = 5e-6
@@ -193,14 +195,43 @@ class ChainSampler(Sampler, ABC):
         )
 
     def _record(self, adapted: Adapted, log_density: LogDensity, draws: int, generator: torch.Generator) -> _Record:
-        density, params, frame = whiten(log_density, adapted.frame), adapted.params, adapted.frame
-        state = adapted.state
+        density, state = whiten(log_density, adapted.frame), adapted.state
         if self.kernel is not self.warmup_kernel:
             state = self.kernel.refresh(state, generator=generator)
+        if isinstance(self.kernel, FreeRunningKernel):
+            record = self._record_freely(self.kernel, state, density, adapted.params, draws, generator)
+        else:
+            record = self._record_together(state, density, adapted.params, draws, generator)
+        return record if adapted.frame is None else record._replace(x=adapted.frame.to_original(record.x))
+
+    def _record_freely(
+        self,
+        kernel: FreeRunningKernel,
+        state: State,
+        log_density: LogDensity,
+        params: KernelParams,
+        draws: int,
+        generator: torch.Generator,
+    ) -> _Record:
+        """Every chain makes its own number of transitions at its own pace."""
+        most, kept, nonfinite, diverged, evaluations, useful = max(TRANSITIONS_PER_RUN // self.thin, 1), [], 0, 0, 0, 0
+        while draws > 0:
+            state, trace = kernel.run(state, log_density, params, generator, draws=min(draws, most), thin=self.thin)
+            draws -= most
+            kept.append(trace.x)
+            nonfinite += int(trace.nonfinite.sum())
+            diverged += int(trace.diverged.sum())
+            evaluations += trace.evaluations
+            useful += int(trace.useful.sum())
+        return _Record(torch.cat(kept, 1), nonfinite, diverged, evaluations, float(useful))
+
+    def _record_together(
+        self, state: State, log_density: LogDensity, params: KernelParams, draws: int, generator: torch.Generator
+    ) -> _Record:
         kept, broken, diverged, useful, evaluations = [], [], [], [], 0
         for step in range(1, draws * self.thin + 1):
             moved = jittered(params, step, jitter=self.trajectory is not None)
-            state, info = self.kernel.step(state, density, moved, generator)
+            state, info = self.kernel.step(state, log_density, moved, generator)
             evaluations += info.evaluations
             broken.append(info.nonfinite)
             useful.append(info.useful)
@@ -208,10 +239,9 @@ class ChainSampler(Sampler, ABC):
                 diverged.append(info.diverged)
             if step % self.thin == 0:
                 kept.append(state.x)
-        x = torch.stack(kept, 1)
         used = [part for part in useful if part is not None]
         return _Record(
-            x if frame is None else frame.to_original(x),
+            torch.stack(kept, 1),
             int(torch.stack(broken).sum()),
             int(torch.stack(diverged).sum()) if diverged else 0,
             evaluations,

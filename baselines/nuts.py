@@ -15,9 +15,10 @@ __all__ = ["NUTS"]
 class NUTS(ChainSampler):
     """The No-U-Turn sampler on many chains in one batch, multinomial, as in Stan.
 
-    Every trajectory finds its own length, so it needs least knowledge of the target and few chains. Chains wait for the
-    longest trajectory of each transition; :attr:`lockstep_waste` says how much of the work that was, and
-    :class:`~diffsampler.baselines.ChEES` avoids it. Like all local samplers it does not travel between separated modes.
+    Every trajectory finds its own length, so it needs least knowledge of the target and few chains. Chains make their
+    transitions each at its own pace and wait for each other only at the end, and where the step size is adapted;
+    :attr:`lockstep_waste` says how much of the recorded work that was. Like all local samplers it does not travel
+    between separated modes.
 
     Reference:
         The No-U-Turn Sampler (Hoffman & Gelman, 2014), https://arxiv.org/abs/1111.4246

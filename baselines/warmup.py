@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffsampler.kernel import Info, Kernel, KernelParams, LogDensity, State
+from diffsampler.kernel import FreeRunningKernel, Info, Kernel, KernelParams, LogDensity, State
 from diffsampler.kernels.adaptation import (
     DualAveraging,
     DualAveragingState,
@@ -114,22 +114,52 @@ def warm_up(
         params = params._replace(length=params.scale.new_tensor(trajectory.length(learned)))
     step = tuner.init(float(params.step_size))
     now = _Progress(state, params, shape.frame, step, metric.init(start.x), learned)
-    diverged, held, ends = [], [], set(windows(steps - approach))
-    for t in range(1, steps - approach + 1):
-        moved = jittered(now.params, t, jitter=trajectory is not None)
-        state, info = kernel.step(now.state, whiten(log_density, now.frame), moved, generator)
+    diverged, held, ends, t, renewed = [], [], windows(steps - approach), 0, 0
+    while t < steps - approach:
+        end = min((end for end in ends if end > t), default=steps - approach)
+        count = _stretch(kernel, since=t - renewed, left=end - t)
+        moved = jittered(now.params, t + 1, jitter=trajectory is not None)
+        state, info, x = _advance(kernel, now.state, whiten(log_density, now.frame), moved, generator, count=count)
+        t += count
         evaluations += info.evaluations
         diverged.append(info.diverged)
-        held.append(state.x)
+        held.append(x)
         now = _learn(now, state, info, tuner, trajectory, jitter=halton(t), fixed=step_size is not None)
-        if len(held) == MERGE_EVERY or t in ends:
-            x = torch.stack(held)
+        if len(held) == MERGE_EVERY or t == end:
+            x = torch.cat(held)
             now = now._replace(moments=metric.update(now.moments, x if now.frame is None else now.frame.to_original(x)))
             held = []
         if t in ends:
-            now = _renew(now, metric, tuner, trajectory)
+            now, renewed = _renew(now, metric, tuner, trajectory), t
     lost = sum(int(flags.sum()) for flags in diverged if flags is not None)
     return Adapted(now.state, _frozen(now, tuner, trajectory, step_size), now.frame, evaluations, lost)
+
+
+def _stretch(kernel: Kernel, *, since: int, left: int) -> int:
+    """How many transitions to make before the step size is looked at, ``since`` so many after the last renewal."""
+    if not isinstance(kernel, FreeRunningKernel):
+        return 1
+    # Chains meet as rarely as the step size, which settles geometrically, allows.
+    return min(max(since // 3, 1), MERGE_EVERY, left)
+
+
+def _advance(
+    kernel: Kernel,
+    state: State,
+    log_density: LogDensity,
+    params: KernelParams,
+    generator: torch.Generator,
+    *,
+    count: int,
+) -> tuple[State, Info, Tensor]:
+    """Make ``count`` transitions, more than one only of kernels that run freely; all positions ``(count, n, D)``."""
+    if not isinstance(kernel, FreeRunningKernel):
+        new, info = kernel.step(state, log_density, params, generator)
+        return new, info, new.x.unsqueeze(0)
+    new, trace = kernel.run(state, log_density, params, generator, draws=count)
+    ratio = state.log_prob.double() - new.log_prob.double()
+    info = Info(ratio, trace.acceptance, trace.evaluations, trace.nonfinite > 0, diverged=trace.diverged)
+    return new, info, trace.x.movedim(-2, 0)
 
 
 def _approach(

@@ -19,7 +19,16 @@ from torch import Tensor
 
 from diffsampler.space import Space
 
-__all__ = ["Info", "Kernel", "KernelParams", "LogDensity", "State", "with_path_weight"]
+__all__ = [
+    "FreeRunningKernel",
+    "Info",
+    "Kernel",
+    "KernelParams",
+    "LogDensity",
+    "State",
+    "Trace",
+    "with_path_weight",
+]
 
 LogDensity = Callable[[Tensor], tuple[Tensor, Tensor]]
 """A batched density with gradient: ``x (..., D) -> (log_prob (...), score (..., D))``, as Target.log_prob_and_score."""
@@ -60,6 +69,23 @@ class Info(NamedTuple):
     """Evaluations whose result was used, shape ``(...)``, where chains wait for each other; None if all were."""
     diverged: Tensor | None = None
     """Boolean, shape ``(...)``: the trajectory lost its energy; None for kernels without trajectories."""
+
+
+class Trace(NamedTuple):
+    """What many transitions leave behind, per chain."""
+
+    x: Tensor
+    """Recorded positions, shape ``(..., draws, D)``."""
+    acceptance: Tensor
+    """Mean acceptance probability over the evaluations of each chain, shape ``(...)``."""
+    evaluations: int
+    """Density-and-gradient evaluations spent per particle, those of waiting chains included."""
+    useful: Tensor
+    """Evaluations whose result was used, shape ``(...)``."""
+    nonfinite: Tensor
+    """Transitions that hit a non-finite density or gradient, shape ``(...)``, int64."""
+    diverged: Tensor
+    """Transitions whose trajectory lost its energy, shape ``(...)``, int64."""
 
 
 class KernelParams(NamedTuple):
@@ -103,6 +129,27 @@ class Kernel(ABC):
         self, state: State, log_density: LogDensity, params: KernelParams, generator: torch.Generator | None = None
     ) -> tuple[State, Info]:
         """Make one transition of all particles."""
+
+
+class FreeRunningKernel(Kernel):
+    """A kernel whose transitions take chains unequal work, and whose chains need not wait for each other."""
+
+    @abstractmethod
+    def run(
+        self,
+        state: State,
+        log_density: LogDensity,
+        params: KernelParams,
+        generator: torch.Generator | None = None,
+        *,
+        draws: int,
+        thin: int = 1,
+    ) -> tuple[State, Trace]:
+        """Make ``draws * thin`` transitions of every chain, each at its own pace, and record every ``thin``-th.
+
+        The law of each chain is that of as many calls of :meth:`step`. Memory is that of all random starts, positions
+        times ``draws * thin``.
+        """
 
 
 def with_path_weight(kernel: Kernel) -> Kernel:

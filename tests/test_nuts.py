@@ -33,9 +33,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def square_deviation(dim: int, step_size: float, *, n: int = 4000, steps: int = 6) -> float:
     """Distance of the mean square from one, in standard errors over independent coordinates, from exact draws."""
     kernel, generator = NUTS(Euclidean(dim)), torch.Generator().manual_seed(1)
-    state = kernel.init(normal(n, dim), gaussian)
-    for _ in range(steps):
-        state, _ = kernel.step(state, gaussian, params(step_size), generator)
+    # Chains run freely: every one ends its last trajectory in a round of its own.
+    state, _ = kernel.run(kernel.init(normal(n, dim), gaussian), gaussian, params(step_size), generator, draws=steps)
     square = state.x.square().flatten()
     return abs(float((square.mean() - 1.0) / (square.std() / math.sqrt(square.numel()))))
 
@@ -53,23 +52,51 @@ def test_without_the_weights_of_the_trees_it_is_wrong(monkeypatch, dim: int, ste
 
 
 def test_with_a_turning_rule_that_knows_the_arrow_of_time_it_is_wrong(monkeypatch):
-    monkeypatch.setattr(nuts, "_turns", lambda first, last, rho: (first * rho).sum(-1) <= 0.0)
+    monkeypatch.setattr(nuts, "_turns", lambda first, last, rho: (first * rho).sum(-2) <= 0.0)
     assert square_deviation(2, 0.35, n=8000) > 6.0
 
 
-def test_slots_come_when_a_trajectory_needs_them(monkeypatch):
-    runs = []
-    for first in (1, 9):
-        monkeypatch.setattr(nuts, "FIRST_SLOTS", first)
-        kernel, generator = NUTS(Euclidean(3)), torch.Generator().manual_seed(0)
-        state = kernel.init(normal(20, 3), gaussian)
-        for _ in range(3):
-            state, info = kernel.step(state, gaussian, params(0.05), generator)
-        assert info.useful is not None and int(info.useful.max()) > 60
-        runs.append(state.x)
-    # Fewer slots end a call earlier, and the random numbers of the next one are others: the law is the same.
-    assert runs[0].shape == runs[1].shape
-    assert square_deviation(1, 0.1, n=2000, steps=3) < 4.5
+def test_many_transitions_are_steps_that_do_not_wait():
+    # With one chain there is nobody to wait for: the same random numbers, call by call.
+    kernel, start = NUTS(Euclidean(3)), normal(1, 3)
+    state = kernel.init(start, gaussian)
+    last, trace = kernel.run(state, gaussian, params(0.3), torch.Generator().manual_seed(0), draws=40)
+    assert trace.x.shape == (1, 40, 3) and torch.equal(last.x, trace.x[:, -1])
+    torch.testing.assert_close(last.log_prob, gaussian(last.x)[0])
+    torch.testing.assert_close(last.score, -last.x)
+    assert trace.evaluations == int(trace.useful[0]) and trace.evaluations > 40 * 3
+    thinned, fewer = kernel.run(state, gaussian, params(0.3), torch.Generator().manual_seed(0), draws=8, thin=5)
+    assert torch.equal(fewer.x, trace.x[:, 4::5]) and torch.equal(thinned.x, last.x)
+    assert len(trace.x[0].unique(dim=0)) > 30
+
+
+@pytest.mark.parametrize("others", [0.05, 30.0])
+def test_draws_of_a_chain_do_not_depend_on_the_others(others: float):
+    # Each chain has random numbers of its own; the others make hundreds of leaves, or diverge at every first one.
+    kernel, runs = NUTS(Euclidean(3)), []
+    for step in (0.4, others):
+        sizes = torch.cat([torch.full((4,), 0.4, dtype=F64), torch.full((8,), step, dtype=F64)])
+        state = kernel.init(normal(12, 3), gaussian)
+        generator = torch.Generator().manual_seed(0)
+        last, trace = kernel.run(state, gaussian, params(0.4)._replace(step_size=sizes), generator, draws=25)
+        runs.append((last.x[:4], trace.x[:4], trace.useful[:4], trace.acceptance[:4]))
+        assert bool((trace.useful <= trace.evaluations).all()) and int(trace.useful.max()) == trace.evaluations
+    for alone, among in zip(*runs, strict=True):
+        assert torch.equal(alone, among)
+
+
+def test_a_divergence_ends_a_trajectory_and_the_chain_goes_on():
+    def walled(x: Tensor) -> tuple[Tensor, Tensor]:
+        # A wall of slope 1e5: whoever runs into it loses its energy.
+        outside = (x - 1.0).clamp_min(0.0)
+        return -0.5 * x.square().sum(-1) - 5e4 * outside.square().sum(-1), -x - 1e5 * outside
+
+    kernel = NUTS(Euclidean(2))
+    state = kernel.init(-normal(50, 2).abs(), walled)
+    last, trace = kernel.run(state, walled, params(0.3), torch.Generator().manual_seed(0), draws=30)
+    assert bool((trace.diverged > 0).all()) and bool((trace.diverged <= 30).all())
+    assert bool(last.log_prob.isfinite().all()) and float(trace.x.max()) < 1.1
+    assert len(trace.x[0].unique(dim=0)) > 15 and int(trace.nonfinite.sum()) == 0
 
 
 def ring(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,9 +130,7 @@ def test_exact_draws_of_a_curved_density_stay_exact(monkeypatch, wrong: bool):
     if wrong:
         monkeypatch.setattr(nuts, "_log_bias", lambda new, old: torch.zeros_like(new))
     kernel, generator = NUTS(Euclidean(2)), torch.Generator().manual_seed(3)
-    state = kernel.init(ring_draws(800, 10), ring)
-    for _ in range(6):
-        state, _ = kernel.step(state, ring, params(0.7), generator)
+    state, _ = kernel.run(kernel.init(ring_draws(800, 10), ring), ring, params(0.7), generator, draws=6)
     p = energy_p(state.x, ring_draws(800, 20))
     # False alarm of the exact kernel: 4e-3; the seed is fixed.
     assert p <= 0.01 if wrong else p > 0.004
@@ -118,33 +143,34 @@ def test_conforms(space: Euclidean | MeanFree | Torus):
     assert "invariance" in done
 
 
-def brute_force_slots(leaf: int) -> tuple[int, list[tuple[int, int]]]:
-    """Left ends and middles of the balanced subtrees that end at a leaf, by counting."""
-    found, size = [], 2
+def stretches(leaf: int) -> set[int]:
+    """Where the stretches begin that are to be tested at a leaf, by counting."""
+    if leaf % 2 == 0:
+        # The left half that ends before it, with its own velocity.
+        return {leaf - (leaf & -leaf)} if leaf else set()
+    found, size = set(), 2
     while (leaf + 1) % size == 0:
-        found.append((leaf + 1 - size, leaf + 1 - size // 2))
+        # The balanced subtree, and its right half with the velocity before it.
+        found |= {leaf + 1 - size} | ({leaf - size // 2} if size > 2 else set())
         size *= 2
-    return bin(leaf // 2).count("1"), found
+    return found
 
 
-def test_slots_hold_the_left_ends_of_the_subtrees_that_a_leaf_completes():
-    # Velocities that name their leaf: the slots read back must name the left ends, and sums the stretches between.
-    slots, size = torch.full((3, 1, 6, 2), math.nan, dtype=F64), 64
-    velocities = torch.stack([torch.tensor([2.0**-k, k], dtype=F64) for k in range(size)])
-    for leaf in range(size):
-        before, now = velocities[leaf - 1 : leaf] if leaf else velocities[:1], velocities[leaf : leaf + 1]
-        rho = velocities[: leaf + 1].sum(0, keepdim=True)
-        filled, _ = nuts._remember(slots, torch.tensor([leaf]), before, now, rho)
-        top, subtrees = brute_force_slots(leaf)
-        if leaf % 2 == 0:
-            assert torch.equal(filled[0, :, top], now) and torch.equal(filled[1, :, top], rho)
-        for k, (left, middle) in enumerate(subtrees):
-            slot = top - k
-            assert torch.equal(filled[0, 0, slot], velocities[left])
-            if middle < leaf:
-                assert torch.equal(filled[0, 0, slot + 1], velocities[middle])
-                assert torch.equal(filled[2, 0, slot + 1], velocities[middle - 1])
-        slots = filled
+def test_slots_hold_the_left_ends_of_the_stretches_that_a_leaf_tests(monkeypatch):
+    # Velocities that name their leaf, 2^-k: a sum of them names its stretch. Every stretch is asked about alone.
+    slots, none = torch.full((6, 3, 1, 1), math.nan, dtype=F64), torch.zeros(1, 1, dtype=F64)
+    velocity = [torch.full((1, 1), 2.0**-k, dtype=F64) for k in range(32)]
+    for leaf in range(32):
+        arguments = torch.tensor([leaf]), velocity[max(leaf - 1, 0)], velocity[leaf], sum(velocity[:leaf], none)
+        for start in range(leaf):
+
+            def asked(first: Tensor, last: Tensor, rho: Tensor, start: int = start, leaf: int = leaf) -> Tensor:
+                ours = (first == velocity[start]) & (rho == sum(velocity[start : leaf + 1], none))
+                return (ours & (last == velocity[leaf])).all(-2)
+
+            monkeypatch.setattr(nuts, "_turns", asked)
+            assert bool(nuts._remember(slots, *arguments)[1]) == (start in stretches(leaf))
+        slots, _ = nuts._remember(slots, *arguments)
 
 
 def test_waste_divergence_and_depth_are_reported():
