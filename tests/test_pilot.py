@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import replace
 
@@ -189,6 +190,23 @@ def test_same_seed_same_particles(name):
     assert (one.evaluations, one.search) == (two.evaluations, two.search)
 
 
+def test_points_at_which_the_density_raises_count_as_outside():
+    def log_prob(x):
+        if bool((x[:, 0] < -2.0).any()):
+            raise ValueError("Expected parameter scale to be positive.")
+        return -0.5 * x.square().sum(-1)
+
+    guard = Guarded(Target.from_log_prob(log_prob, dim=2))
+    x = torch.randn(200, 2, generator=generator(), dtype=torch.float64)
+    outside = x[:, 0] < -2.0
+    value, score = guard.log_prob_and_score(x)
+    assert guard.refused == int(outside.sum()) > 0
+    assert torch.equal(value == -math.inf, outside)
+    torch.testing.assert_close(value[~outside], -0.5 * x[~outside].square().sum(-1))
+    torch.testing.assert_close(score, torch.where(outside.unsqueeze(-1), 0.0, -x))
+
+
+@pytest.mark.slow
 def test_errors_of_the_density_far_out():
     def log_prob(x):
         v = x[:, :1]
@@ -251,20 +269,35 @@ def test_scores_name_the_coordinate_that_makes_a_neck():
     assert score_drivers(y, heavy.log_prob_and_score(y)[1]) == []
 
 
-@pytest.mark.parametrize("seed", [1104, 1105])
-def test_neck_that_a_small_budget_loses_is_named(seed):
+def test_neck_that_a_small_budget_loses_is_named():
     schools = targets.EightSchools()
     target = Target.from_log_prob(schools.log_prob, dim=10, score=schools.score)
-    result = run_pilot(target, generator=generator(seed), evaluations=300_000)
+    result = run_pilot(target, generator=generator(1104), evaluations=300_000)
     # Negative control: the same check on the standardised effects, which have no neck.
     flat = targets.EightSchools(centered=False)
     easy = run_pilot(
-        Target.from_log_prob(flat.log_prob, dim=10, score=flat.score), generator=generator(seed), evaluations=300_000
+        Target.from_log_prob(flat.log_prob, dim=10, score=flat.score), generator=generator(1104), evaluations=300_000
     )
     text = "A neck may be lost: a profile along coordinate 1 "
     assert any(message.startswith(text) for _, message, _ in result.findings)
     assert not any("neck" in message for _, message, _ in easy.findings)
     assert max(result.evaluations, easy.evaluations) <= 330_000
+
+
+def test_choices_are_plain_and_complete():
+    result = run_pilot(Target.from_log_prob(funnel, dim=4), generator=generator(3), evaluations=200_000)
+    choices = result.choices
+    assert json.loads(json.dumps(choices)) == choices
+    assert choices["seed"] == 3
+    assert set(choices["search"]) >= {"variational", "modes"}
+    assert choices["search"]["modes"]["starts"] == result.search.starts
+    assert len(choices["passes"]) == choices["num_passes"] == len(result.passes)
+    assert all(one["num_particles"] >= 128 for one in choices["passes"])
+    assert choices["rounds"] == 1
+    assert choices["repairs"] == 0
+    flat = run_pilot(Target.from_log_prob(lambda x: 0.0 * x.sum(-1), dim=2), generator=generator(3))
+    assert flat.particles is None
+    assert flat.choices["search"]["variational"]["starts"] == 80
 
 
 def test_errors():

@@ -9,7 +9,7 @@ import torch
 
 from diffsampler.particles import Particles
 from diffsampler.pilot.checks import FindingTuple, drift, judge
-from diffsampler.pilot.guide import Guide, Knowledge
+from diffsampler.pilot.guide import Knowledge
 from diffsampler.pilot.modes import ModeSet, SearchReport
 from diffsampler.pilot.passes import Job
 from diffsampler.pilot.profile import Profile, profile_from_draws, score_drivers
@@ -40,7 +40,8 @@ def refused(job: Job, fits: MeanFieldFits, reason: str) -> PilotResult:
     )
     return PilotResult(
         None, (), mean, spread, mean.new_zeros(0, mean.shape[0]), None, None, None, (finding,),
-        job.target.evaluations, job.meter.elapsed(), {},
+        job.target.evaluations, job.meter.elapsed(),
+        {"seed": job.generator.initial_seed(), "search": job.chosen},
     )  # fmt: skip
 
 
@@ -72,8 +73,9 @@ def finish(
         guide.map(raw.x), raw.log_weight, raw.replicates, has_normalizer=raw.has_normalizer, nonfinite=raw.nonfinite
     )
     working: Target = job.target if frame is None else PulledBack(job.target, frame)
+    necks = {_name(p.index, particles, frame): p for p in _necks(job, working, last, particles, final, modes)}
     findings = judge(
-        necks={_name(p.index, particles, frame): p for p in _necks(job, working, last, particles, final, modes)},
+        necks=necks,
         shift=_drift(job, last, final),
         particles=particles,
         final=final,
@@ -105,7 +107,7 @@ def finish(
         findings=tuple(findings),
         evaluations=job.target.evaluations,
         seconds=job.meter.elapsed(),
-        choices=_choices(passes, guide, final, knowledge) | {"separating_frame": frame is not None},
+        choices=_choices(job, passes, final, knowledge, necks) | {"separating_frame": frame is not None},
     )
 
 
@@ -184,17 +186,39 @@ def _composed(frame: AffineMap | None, transport: TransportMap | None) -> Transp
     return transport if frame is None or transport is None else Composed(frame, transport)
 
 
-def _choices(passes: list[Pass], guide: Guide, final: SMCResult, knowledge: Knowledge | None) -> dict[str, Any]:
+def _choices(
+    job: Job, passes: list[Pass], final: SMCResult, knowledge: Knowledge | None, necks: dict[str, Profile]
+) -> dict[str, Any]:
     """Everything that was chosen, as plain values."""
+    last = passes[-1]
+    chosen = dict(job.chosen)
+    search = {name: chosen.pop(name) for name in ("variational", "modes", "spread") if name in chosen}
     return {
+        "seed": job.generator.initial_seed(),
         "num_particles": len(final.particles),
         "num_islands": final.particles.replicates,
         "num_passes": len(passes),
+        "passes": [_described(p) for p in passes],
+        **chosen,
         "betas": list(final.schedule.betas),
         "step_sizes": list(final.schedule.step_sizes),
         "num_moves": list(final.schedule.num_moves),
-        "transport": type(guide.transport).__name__,
-        "reference": guide.weights,
+        "transport": type(last.guide.transport).__name__,
+        "reference": last.guide.weights,
+        "necks": list(necks),
         "prior": knowledge is not None and knowledge.prior is not None,
-        "search": knowledge is not None and knowledge.fits is not None,
+        "search": search or None,
+    }
+
+
+def _described(one: Pass) -> dict[str, Any]:
+    """Size, length and reference of an adaptive pass."""
+    return {
+        "num_particles": len(one.result.particles),
+        "num_islands": one.result.particles.replicates,
+        "temperatures": len(one.result.schedule.betas),
+        "moves": sum(one.result.schedule.num_moves),
+        "transport": type(one.guide.transport).__name__,
+        "reference": one.guide.weights,
+        "hurried": one.hurried,
     }

@@ -90,6 +90,7 @@ def last_pass(job: Job, target: Target, knowledge: Knowledge | None, passes: lis
     """
     job.tell("last pass")
     final, cost = _round(job, passes[-1])
+    repairs = 0
     for _ in range(REPAIRS if knowledge is not None else 0):
         if final is None or knowledge is None or imprecision(_seen(passes[-1], final)) < HOPELESS * _wanted(job):
             break
@@ -104,12 +105,15 @@ def last_pass(job: Job, target: Target, knowledge: Knowledge | None, passes: lis
         if repeated is None:
             break
         passes.append(retry)
-        final = repeated
+        final, repairs = repeated, repairs + 1
+    job.chosen["repairs"], job.chosen["rounds"] = repairs, 0
     if final is None:
         if passes[-1].result.finished:
             job.cut("no frozen last pass, so log Z and its error are those of an adaptive one")
         return passes[-1].result
-    return joined([final, *_more(job, passes[-1], final, cost)])
+    rounds = [final, *_more(job, passes[-1], final, cost)]
+    job.chosen["rounds"] = len(rounds)
+    return joined(rounds)
 
 
 def _wanted(job: Job) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -40,6 +41,7 @@ class Job:
         max_passes: Most adaptive passes.
         search_evaluations: Most evaluations of the mode search.
         cuts: What the budget made smaller, for a finding.
+        chosen: What the parts of the run chose, as plain values.
     """
 
     target: CountedTarget
@@ -52,6 +54,7 @@ class Job:
     max_passes: int
     search_evaluations: int
     cuts: list[str] = field(default_factory=list)
+    chosen: dict[str, Any] = field(default_factory=dict)
 
     def cut(self, what: str) -> None:
         if what not in self.cuts:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import final
 
 import torch
@@ -155,8 +156,9 @@ def _fits(job: Job, target: Target) -> MeanFieldFits:
     if starts < 80:
         job.cut(f"{starts} starts of the variational search instead of 80")
     rounds = 3 if share > 0.1 else 2
-    fits = multistart(target, num_starts=starts, rounds=rounds, steps=steps, generator=job.generator)
-    return fits.good().distinct()
+    fits = multistart(target, num_starts=starts, rounds=rounds, steps=steps, generator=job.generator).good().distinct()
+    job.chosen["variational"] = {"starts": starts, "rounds": rounds, "steps": steps, "fits": len(fits)}
+    return fits
 
 
 def _modes(job: Job, target: Target, fits: MeanFieldFits) -> tuple[ModeSet, SearchReport]:
@@ -164,15 +166,17 @@ def _modes(job: Job, target: Target, fits: MeanFieldFits) -> tuple[ModeSet, Sear
     if job.meter.limited:
         budget = int(min(budget, job.meter.affords(target, batch=600, share=0.2)))
         first = min(600, max(20, budget // 200))
+    batch = min(20_000, max(first, budget // 20))
     modes, report = search_modes(
         target,
         fits,
         first_batch=first,
-        batch=min(20_000, max(first, budget // 20)),
+        batch=batch,
         max_evaluations=budget,
         stop=(lambda: job.meter.used() > began + 0.15) if job.meter.limited else None,
         generator=job.generator,
     )
+    job.chosen["modes"] = {"first_batch": first, "batch": batch, "max_evaluations": budget, **asdict(report)}
     if report.stopped == "budget":
         job.cut(f"{report.starts} starts of the mode search")
     return modes, report
@@ -185,7 +189,9 @@ def _knowledge(
     wide = wide_law(fits)
     if report.continuum:
         share = share_of(job, target, batch=480, share=0.08, usual=SPREAD_COST)
-        extra = spread_over(target, fits, num_starts=max(3, int(24 * share)), generator=generator)
+        starts = max(3, int(24 * share))
+        extra = spread_over(target, fits, num_starts=starts, generator=generator)
+        job.chosen["spread"] = {"starts": starts, "fits": len(extra)}
         fits = fits.merged(extra).good().distinct()
     listed = None
     if not report.continuum:
