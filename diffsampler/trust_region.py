@@ -25,8 +25,13 @@ them back. Here
 * an iterate whose lower bound of ``log Z`` is far below the last one's is given up: back to the last iterate, its
   buffer, and half the :math:`\epsilon`.
 
-Cost: one simulation of the buffer per region, and per step a minibatch without simulation. Use it where the target is
-expensive or plain training collapses; near the target :math:`\eta = 1` and it is the log-variance loss on a buffer.
+Measured on five double wells in 20 dimensions (``test_trust_region.py``), from a narrow start and without the target's
+gradient: at equal steps and batches the log-variance loss alone ends in a few of the 32 modes, inside trust regions in
+nearly all. Small buffers are what fails first: with 2048 paths and 256 per step a third of the modes was lost.
+
+Cost: one simulation of the buffer per region, and per step a minibatch without simulation. A buffer holds states and
+scores of all steps. Use it where the target is expensive or plain training collapses; near the target :math:`\eta = 1`
+and it is the log-variance loss on a buffer, which is slower than fresh paths.
 
 References:
     Trust region constrained measure transport in path space for stochastic optimal control and inference (Blessing,
@@ -153,8 +158,8 @@ class TrustRegion(Lesson):
         self,
         *,
         bound: float = 0.5,
-        buffer: int = 2048,
-        inner_steps: int = 60,
+        buffer: int = 8192,
+        inner_steps: int = 30,
         held_out: float = 0.25,
         check_every: int = 5,
         patience: int = 3,

@@ -11,10 +11,12 @@ import torch
 from cases import F64, MAKERS, gaussian, mixture, perturb
 from torch import Tensor
 
+from diffsampler import targets
 from diffsampler.gradient import accumulate_gradient
 from diffsampler.methods.cmcd import CMCD
 from diffsampler.methods.dds import DDS
 from diffsampler.methods.gbs import GBS
+from diffsampler.methods.pis import PISProcess
 from diffsampler.objective import (
     ForwardKL,
     LogVariance,
@@ -23,7 +25,7 @@ from diffsampler.objective import (
     TrajectoryBalance,
     VarGrad,
 )
-from diffsampler.process import Process
+from diffsampler.process import Gaussian, Process
 from diffsampler.sampler import DiffusionSampler
 from diffsampler.sources import Draw
 from diffsampler.space import Euclidean
@@ -241,6 +243,47 @@ def test_training_reaches_the_target_and_the_region_opens():
     assert target.log_normalizer is not None
     assert after > before + 1.0 and abs(after - target.log_normalizer) < 0.4
     assert lesson.eta > 0.6 and lesson.regions > 4
+
+
+class Blind(Process):
+    """Controlled Brownian motion that never sees the target's gradient."""
+
+    def __init__(self, base: PISProcess) -> None:
+        super().__init__(base.space, base.num_steps, needs_score=False)
+        self.base = base
+
+    def sample_initial(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        return self.base.sample_initial(n, generator=generator)
+
+    def log_initial(self, x: Tensor) -> Tensor:
+        return self.base.log_initial(x)
+
+    def forward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
+        # The score of the uncontrolled end point's law, with which the gated feature vanishes.
+        return self.base(k, x, -x / self.base.scale.square())
+
+    def backward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
+        return self.base.backward(k, x, None)
+
+
+def evenness(lesson: TrustRegion | None) -> tuple[int, float]:
+    """Modes that a trained chain visits (a fifth of their share), and the entropy of their shares over its most."""
+    target = targets.DoubleWells(20, wells=5, separation=2.0)
+    sampler = DiffusionSampler(target, Blind(PISProcess(target.space, 16, scale=0.5, seed=1)))
+    sampler.fit(steps=700, batch_size=1024, learning_rate=1e-2, seed=1, lesson=lesson)
+    labels = target.mode_labels(sampler.sample(8192, seed=1).x)
+    share = torch.bincount(labels, minlength=32).double() / 8192
+    entropy = -torch.special.xlogy(share, share).sum() / math.log(32)
+    return int((share > 0.2 / 32).sum()), float(entropy)
+
+
+@pytest.mark.slow
+def test_many_wells_from_a_narrow_start():
+    """Plain training ends in few of 32 equal modes, training inside trust regions keeps nearly all."""
+    modes, entropy = evenness(None)
+    assert modes < 16 and entropy < 0.7
+    modes, entropy = evenness(TrustRegion())
+    assert modes >= 28 and entropy > 0.9
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
