@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from diffsampler.target import Target
 from diffsampler.targets.absorption import Absorption as Absorption
+from diffsampler.targets.double_well_particles import DoubleWell4 as DoubleWell4
 from diffsampler.targets.eight_schools import EightSchools as EightSchools
 from diffsampler.targets.funnel import Funnel as Funnel
 from diffsampler.targets.gaussian import Gaussian as Gaussian
@@ -11,6 +12,7 @@ from diffsampler.targets.gaussian import StudentT as StudentT
 from diffsampler.targets.inversion import LinearInversion as LinearInversion
 from diffsampler.targets.inversion import TravelTimeInversion as TravelTimeInversion
 from diffsampler.targets.label_switching import LabelSwitching as LabelSwitching
+from diffsampler.targets.lennard_jones import LennardJones as LennardJones
 from diffsampler.targets.logistic import LogisticRegression as LogisticRegression
 from diffsampler.targets.mixtures import GaussianMixture as GaussianMixture
 from diffsampler.targets.shapes import Banana as Banana
@@ -41,5 +43,8 @@ REGISTRY: dict[str, Callable[[], Target]] = {
     "travel_time_linear5": LinearInversion.travel_time,
     "travel_time_linear20": lambda: LinearInversion.travel_time(20),
     "label_switching": LabelSwitching,
+    "dw4": DoubleWell4,
+    "lj13": LennardJones,
+    "lj55": lambda: LennardJones(55),
 }
 """Targets of the command line by their short names; call the value to build one."""
