@@ -54,18 +54,22 @@ class DiffusionSampler(Sampler):
         target: The density to sample.
         process: Forward and backward chains.
         objective: The loss, log-variance by default.
+        lesson: Where training gets its gradients unless it is told otherwise, fresh paths by default.
 
     Attributes:
         history: Training history, a list of dicts.
         evaluations: Points at which the target's density or gradient was computed so far.
     """
 
-    def __init__(self, target: Target, process: Process, objective: Objective | None = None) -> None:
+    def __init__(
+        self, target: Target, process: Process, objective: Objective | None = None, *, lesson: Lesson | None = None
+    ) -> None:
         if process.space != target.space:
             raise ValueError(f"Expected a process on {target.space}; got one on {process.space}.")
         self.target = target
         self.process = process
         self.objective = LogVariance() if objective is None else objective
+        self.lesson = lesson
         self.history: list[dict[str, float]] = []
         self._counted = CountedTarget(target)
 
@@ -139,6 +143,8 @@ class DiffusionSampler(Sampler):
         )
         if sum(given is not None for given in (bank, sources, lesson)) > 1:
             raise ValueError("Expected at most one of bank, sources and lesson.")
+        if bank is None and sources is None and lesson is None:
+            lesson = self.lesson
         if bank is not None:
             bank = bank.to(next(self.process.parameters()))
         self.history = fit(
