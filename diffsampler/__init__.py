@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from diffsampler import evidence as evidence
+from diffsampler.compare import Comparison as Comparison
+from diffsampler.compare import compare as compare
 from diffsampler.estimators import Estimate as Estimate
 from diffsampler.inference import Budget as Budget
 from diffsampler.inference import sample as sample
