@@ -6,17 +6,20 @@ from diffsampler.target import Target
 from diffsampler.targets.absorption import Absorption as Absorption
 from diffsampler.targets.double_well_particles import DoubleWell4 as DoubleWell4
 from diffsampler.targets.eight_schools import EightSchools as EightSchools
+from diffsampler.targets.fluid import LennardJonesFluid as LennardJonesFluid
 from diffsampler.targets.funnel import Funnel as Funnel
 from diffsampler.targets.gaussian import Gaussian as Gaussian
 from diffsampler.targets.gaussian import StudentT as StudentT
 from diffsampler.targets.inversion import LinearInversion as LinearInversion
 from diffsampler.targets.inversion import TravelTimeInversion as TravelTimeInversion
 from diffsampler.targets.label_switching import LabelSwitching as LabelSwitching
+from diffsampler.targets.lattice import PhiFour as PhiFour
 from diffsampler.targets.lennard_jones import LennardJones as LennardJones
 from diffsampler.targets.logistic import LogisticRegression as LogisticRegression
 from diffsampler.targets.mixtures import GaussianMixture as GaussianMixture
 from diffsampler.targets.shapes import Banana as Banana
 from diffsampler.targets.shapes import Rings as Rings
+from diffsampler.targets.von_mises import VonMisesMixture as VonMisesMixture
 from diffsampler.targets.wells import DoubleWells as DoubleWells
 from diffsampler.targets.wells import ManyWell as ManyWell
 
@@ -46,5 +49,8 @@ REGISTRY: dict[str, Callable[[], Target]] = {
     "dw4": DoubleWell4,
     "lj13": LennardJones,
     "lj55": lambda: LennardJones(55),
+    "lj_fluid16": LennardJonesFluid,
+    "phi4": PhiFour,
+    "von_mises": VonMisesMixture.basins,
 }
 """Targets of the command line by their short names; call the value to build one."""

@@ -45,6 +45,10 @@ VARIANTS = {
     "cauchy": lambda: targets.StudentT(dim=2, df=1.0),
     "eight_schools_noncentered": lambda: targets.EightSchools(centered=False),
     "logistic": logistic_regression,
+    "lennard_jones_core": lambda: targets.LennardJones(8, core=0.9),
+    "fluid_in_space": lambda: targets.LennardJonesFluid(9, d=3, density=0.5),
+    "phi4_chain": lambda: targets.PhiFour((12,), hopping=0.4),
+    "von_mises_product": lambda: targets.VonMisesMixture([[0.0, 1.0, -2.0]], concentrations=[[0.5, 3.0, 50.0]]),
     "logistic_plain": lambda: logistic_regression(standardize=False, intercept=False, prior_scale=2.0),
 }
 
