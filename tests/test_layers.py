@@ -54,6 +54,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "methods": ("sampler", "population", "denoiser", "ensemble", "priors", "reference", "equivariant"),
     "refinement": ("methods", "pilot"),
     "plotting": ("estimators",),
+    "metrics": (),
     "result": ("particles", "storage", "integrations", "plotting"),
     "compare": ("result",),
     "checks": ("target",),
