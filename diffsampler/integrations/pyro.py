@@ -33,7 +33,9 @@ from diffsampler.integrations.pyro_checks import (
     seeded,
     unconstrain,
 )
-from diffsampler.integrations.pyro_density import Latent, Model, stack
+from diffsampler.integrations.pyro_density import Model, stack
+from diffsampler.integrations.pyro_handlers import Latent
+from diffsampler.integrations.pyro_laws import draw_law
 from diffsampler.particles import Particles
 from diffsampler.space import Euclidean
 from diffsampler.target import Target
@@ -46,7 +48,8 @@ class PyroTarget(Target):
     r"""The posterior of a Pyro model, unnormalized, over one unconstrained vector.
 
     The model may use plates, masks, scales, factors, deterministic sites, ``pyro.param`` (taken at its current value)
-    and any support that has a bijection to :math:`\mathbb{R}^n`, including supports that depend on other sites. All
+    and any support that has a bijection to :math:`\mathbb{R}^n` (:mod:`.pyro_supports`), including supports that depend on
+    other sites. Discrete latent sites with finitely many values are summed out (:mod:`.pyro_enumeration`). All
     positional and keyword arguments after ``model`` are the model's own. They are evaluated in float64; results have
     the dtype of ``x``.
 
@@ -63,8 +66,9 @@ class PyroTarget(Target):
         vectorized: Whether the model is evaluated as a batch (otherwise by a Python loop, after a warning).
 
     Raises:
-        ValueError: If the model has no latent site, a discrete one, one without a bijection or without a density,
-            random minibatches, sites that differ between runs, or no prior draw with a finite density.
+        ValueError: If the model has no continuous latent site, a discrete one that cannot be summed out, one without a
+            bijection or without a density, random minibatches, sites that differ between runs, or no prior draw with a
+            finite density.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -86,7 +90,8 @@ class PyroTarget(Target):
         points = torch.stack([flatten(traced.sites, draw.latents) for draw in draws])
         check_density(traced, points)
         check_batch(traced, points)
-        prior = PyroPrior(traced, latents) if all(latent.proper for latent in latents.values()) else None
+        proper = all(latent.proper for latent in latents.values()) and not draws[0].tempered
+        prior = PyroPrior(traced, latents) if proper else None
         super().__init__(Euclidean(points.shape[1]), prior=prior)
         self._model = traced
         self._points = points
@@ -236,10 +241,10 @@ class PyroPrior(Target):
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         model = self._model
         with seeded(generator), model.scope(self._home):
-            rows = {name: fn.sample((n,)).double() for name, fn in self._roots.items()}
+            rows = {name: draw_law(fn, (n,)).double() for name, fn in self._roots.items()}
         if self._batched:
             with seeded(generator):
-                return unconstrain(model, rows, randomness="different")
+                return unconstrain(model, rows, size=n, randomness="different")
         with seeded(generator), model.scope(self._home):
             draws = [model.draw({name: row[i] for name, row in rows.items()}) for i in range(n)]
         return torch.stack([flatten(model.sites, draw.latents) for draw in draws])
@@ -354,7 +359,11 @@ def _constrain(model: Model, x: Tensor, *, deterministic: bool = False) -> dict[
 
     def one(point: Tensor) -> dict[str, Tensor]:
         handler = model.substitute(point, likelihood=False, whole=deterministic)
-        return handler.values | (handler.deterministic if deterministic else {})
+        if not deterministic:
+            return handler.values
+        # What depends on a discrete site that is summed out has no value.
+        known = {name: v for name, v in handler.deterministic.items() if v.shape == model.deterministic.get(name)}
+        return handler.values | known
 
     with torch.no_grad():
         values = model.batch(one, _rows(x, dim))

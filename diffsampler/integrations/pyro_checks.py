@@ -13,7 +13,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from diffsampler.integrations.pyro_density import Draw, Latent, Model, Site, Substitute, batched_random
+from diffsampler.integrations.pyro_density import Model, batched_random
+from diffsampler.integrations.pyro_handlers import Draw, Latent, Site, Substitute
 
 __all__ = ["check_batch", "check_density", "draw_plan", "flatten", "layout", "prototypes", "seeded", "unconstrain"]
 
@@ -51,12 +52,15 @@ def prototypes(model: Model) -> list[Draw]:
             break
     if not draws:
         raise errors[0]
-    discrete = sorted({name for draw in draws for name in draw.discrete})
-    if discrete:
+    countless = sorted({name for draw in draws for name, finite in draw.discrete.items() if not finite})
+    if countless:
         raise ValueError(
-            f"Expected continuous latent sites; got discrete {', '.join(map(repr, discrete))}. "
-            "Marginalise them in the model, for example with dist.MixtureSameFamily or a sum over their values."
+            f"Expected discrete latent sites with finitely many values; got {', '.join(map(repr, countless))}, which "
+            "cannot be summed out. Sum over the values that matter in the model, or truncate the law."
         )
+    if any(draw.discrete for draw in draws):
+        model.depth = max(draw.depth for draw in draws)
+    model.deterministic = draws[0].deterministic
     shapes = [{name: tuple(latent.value.shape) for name, latent in draw.latents.items()} for draw in draws]
     for other in shapes[1:]:
         if other != shapes[0]:
@@ -127,8 +131,10 @@ def _refuse_flat(model: Model, points: Tensor) -> None:
     """A density that ignores an entry of the vector cannot be normalized (masked sites, imputation of known data)."""
     x = points.clone().requires_grad_()
     prior, data = model.log_density(x, likelihood=True)
-    (score,) = torch.autograd.grad((prior + data).sum(), x)
-    value = (prior + data).detach()
+    total = prior + data
+    # A density without a gradient (a uniform law behind a shift, whose support torch does not know) ignores all.
+    score = torch.autograd.grad(total.sum(), x)[0] if total.requires_grad else torch.zeros_like(x)
+    value = total.detach()
     flat = (score == 0).all(0)
     if not flat.any():
         return
@@ -230,7 +236,7 @@ def draw_plan(model: Model, latents: dict[str, Latent]) -> tuple[dict[str, Any],
 
     def redraw() -> Tensor:
         with torch.random.fork_rng(devices=[]):
-            return unconstrain(model, two, randomness="different")
+            return unconstrain(model, two, size=2, randomness="different")
 
     try:
         return roots, batched_random(redraw)
@@ -238,9 +244,18 @@ def draw_plan(model: Model, latents: dict[str, Latent]) -> tuple[dict[str, Any],
         return roots, False
 
 
-def unconstrain(model: Model, values: dict[str, Tensor], *, randomness: str = "error") -> Tensor:
-    def one(row: dict[str, Tensor]) -> Tensor:
-        return flatten(model.sites, model.draw(row).latents)
+def unconstrain(
+    model: Model, values: dict[str, Tensor], *, size: int | None = None, randomness: str = "error"
+) -> Tensor:
+    """Points ``(n, D)`` with the given values ``(n, *event)``; sites that are not given are drawn, ``size`` times."""
 
+    def one(row: dict[str, Tensor]) -> Tensor:
+        given = {name: value for name, value in row.items() if name}
+        return flatten(model.sites, model.draw(given).latents)
+
+    rows = {name: value.double() for name, value in values.items()}
+    if size is not None:
+        # Something to map over where nothing is given.
+        rows[""] = torch.zeros(size)
     with torch.no_grad():
-        return model.batch(one, {name: value.double() for name, value in values.items()}, randomness=randomness)
+        return model.batch(one, rows, randomness=randomness)

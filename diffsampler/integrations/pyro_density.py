@@ -1,14 +1,14 @@
 r"""The log density of a Pyro model as a batched function of one unconstrained vector.
 
 A model with latent sites :math:`\theta_s` of support :math:`S_s` and data :math:`y` is read through two handlers of our
-own, without a trace and without enumeration: :class:`Substitute` puts values in and adds up
+own, without a trace: :class:`Substitute` puts values in and adds up
 
 .. math:: \log \rho(x) = \sum_s [\log p(\theta_s) + \log |\det J_s(x_s)|] + \sum_o \log p(y_o | \theta),
           \qquad \theta_s = T_s(x_s),
 
-with :math:`T_s` = ``biject_to`` of the site's support as it is *in that run* (a support may depend on other sites), and
-:class:`Draw` runs the model forward. :class:`Model` batches both with ``torch.func.vmap`` or, where a model cannot be
-batched, with a Python loop.
+with :math:`T_s` the bijection onto the site's support as it is *in that run* (a support may depend on other sites), and
+:class:`Draw` runs the model forward. Discrete latent sites are summed out (:mod:`.pyro_enumeration`). :class:`Model`
+batches both with ``torch.func.vmap`` or, where a model cannot be batched, with a Python loop.
 
 While a model runs, argument validation is off (it branches on values) and the default dtype is float64; both are
 process-wide settings of torch and Pyro, so they are restored after every call.
@@ -19,156 +19,23 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-from pyro import distributions as dist
 from pyro import validation_enabled
-from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-__all__ = ["Draw", "Latent", "Model", "Site", "Substitute"]
+from diffsampler.integrations.pyro_enumeration import Enumeration
+from diffsampler.integrations.pyro_handlers import Complete, Draw, Site, Substitute, changed
+
+__all__ = ["Model", "batched_random", "stack"]
 
 # Random operations that vmap draws anew for every row, whether or not their arguments are batched.
 BATCHED_RANDOM = {"normal", "normal_", "rand", "randn", "uniform_", "_standard_gamma"}
-PERIODIC = (torch.distributions.VonMises, dist.SineBivariateVonMises)
-
-
-class Site(NamedTuple):
-    """Place of a latent site in the unconstrained vector."""
-
-    entries: slice
-    """Entries of the vector."""
-    unconstrained: tuple[int, ...]
-    """Shape before the bijection."""
-    constrained: tuple[int, ...]
-    """Shape of the site's value, plates included."""
-
-
-class Latent(NamedTuple):
-    """A latent site as one run of the model met it."""
-
-    value: Tensor
-    unconstrained: Tensor
-    fn: Any
-    proper: bool
-    """Whether the site is a normalized law that can be drawn from: not scaled, not masked, not improper."""
-    dependent: bool
-    """Whether its law depends on other latent sites (known under vmap only)."""
-
-
-class _Complete(BaseException):
-    """Leaves a model once its last latent site is known; not an Exception, so that no model catches it."""
-
-
-class Substitute(Messenger):
-    """Sets latent sites from one unconstrained vector and adds up log densities.
-
-    Arguments:
-        sites: Layout of the vector.
-        x: The vector, shape ``(D,)``.
-        likelihood: Whether to evaluate observed sites and factors.
-        whole: Whether to run the model to its end; otherwise it is left after the last latent site.
-    """
-
-    def __init__(self, sites: dict[str, Site], x: Tensor, *, likelihood: bool, whole: bool) -> None:
-        super().__init__()
-        self.whole = whole
-        self.sites = sites
-        self.x = x
-        self.likelihood = likelihood
-        self.log_prior = x.new_zeros(())
-        self.log_likelihood = x.new_zeros(())
-        self.values: dict[str, Tensor] = {}
-        self.deterministic: dict[str, Tensor] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or site_is_subsample(msg):
-            return
-        name, fn = msg["name"], msg["fn"]
-        if name not in self.sites:
-            raise ValueError(_changed(set(self.sites), {*self.values, name}))
-        site = self.sites[name]
-        transform = biject_to(fn.support)
-        u = self.x[site.entries].reshape(site.unconstrained)
-        value = transform(u)
-        if value.shape != fn.shape():
-            raise ValueError(
-                f"Expected latent site {name!r} to keep the shape {site.constrained}; got {tuple(fn.shape())}."
-            )
-        log_prob = scale_and_mask(fn.log_prob(value), msg["scale"], msg["mask"])
-        self.log_prior = self.log_prior + log_prob.sum() + transform.log_abs_det_jacobian(u, value).sum()
-        self.values[name] = msg["value"] = value
-        msg["done"] = True
-        if not self.whole and len(self.values) == len(self.sites):
-            raise _Complete
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if not msg["is_observed"]:
-            return
-        if msg["infer"].get("_deterministic"):
-            self.deterministic[msg["name"]] = msg["value"]
-        elif self.likelihood:
-            log_prob = scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"])
-            self.log_likelihood = self.log_likelihood + log_prob.sum()
-
-    def _pyro_post_param(self, msg: Any) -> None:
-        msg["value"] = msg["value"].detach()
-
-
-class Draw(Messenger):
-    """Runs the model forward and records its latent sites.
-
-    Arguments:
-        given: Sites that are set instead of drawn.
-        num_sites: Number of latent sites after which the model is left; None to run it to its end.
-    """
-
-    def __init__(self, given: dict[str, Tensor] | None = None, *, num_sites: int | None = None) -> None:
-        super().__init__()
-        self.num_sites = num_sites
-        self.given = {} if given is None else given
-        self.latents: dict[str, Latent] = {}
-        self.discrete: list[str] = []
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg):
-            _refuse_minibatch(msg)
-            return
-        if msg["is_observed"]:
-            return
-        name, fn = msg["name"], msg["fn"]
-        support = fn.support
-        if support.is_discrete:
-            self.discrete.append(name)
-            return
-        _refuse_support(name, fn)
-        transform = biject_to(support)
-        proper = _is_plain(msg["scale"], msg["mask"])
-        if name in self.given:
-            value = self.given[name]
-        else:
-            try:
-                value = fn.sample(*msg["args"], **msg["kwargs"])
-            except NotImplementedError:
-                # No sampler (ImproperUniform): a point near the origin of the unconstrained space, as Pyro starts.
-                proper = False
-                value = transform(torch.rand(transform.inverse_shape(fn.shape())) * 4.0 - 2.0)
-        value = value.double()
-        self.latents[name] = Latent(value, transform.inv(value), fn, proper, _is_batched(fn))
-        msg["value"] = value
-        msg["done"] = True
-        if len(self.latents) == self.num_sites:
-            raise _Complete
-
-    def _pyro_post_param(self, msg: Any) -> None:
-        msg["value"] = msg["value"].detach()
 
 
 class Model:
@@ -186,6 +53,9 @@ class Model:
         self.device: torch.device | None = None
         self.promote = False
         self.vectorized = True
+        self.depth: int | None = None
+        """Number of plates where discrete latent sites are summed out; None where there are none."""
+        self.deterministic: dict[str, tuple[int, ...]] = {}
 
     @contextlib.contextmanager
     def scope(self, device: torch.device | None = None, *, validate: bool = False) -> Iterator[None]:
@@ -217,10 +87,13 @@ class Model:
 
     def substitute(self, x: Tensor, *, likelihood: bool, whole: bool = False) -> Substitute:
         """Run the model at one point ``(D,)``, inside :meth:`scope`; to its end for the likelihood or if ``whole``."""
-        handler = Substitute(self.sites, x, likelihood=likelihood, whole=whole or likelihood)
+        enumerates = self.depth is not None
+        handler = Substitute(self.sites, x, likelihood=likelihood, whole=whole or likelihood, enumerates=enumerates)
         self._run(handler)
         if len(handler.values) != len(self.sites):
-            raise ValueError(_changed(set(self.sites), set(handler.values)))
+            raise ValueError(changed(set(self.sites), set(handler.values)))
+        if enumerates:
+            handler.finish()
         return handler
 
     def draw(self, given: dict[str, Tensor] | None = None) -> Draw:
@@ -230,8 +103,14 @@ class Model:
         return handler
 
     def _run(self, handler: Messenger) -> None:
-        with contextlib.suppress(_Complete), handler:
-            self.function(*self.args, **self.kwargs)
+        # The inner handler comes first: it sets discrete sites, and tells every site its dimensions.
+        inner = contextlib.nullcontext() if self.depth is None else Enumeration(-1 - self.depth)
+        with contextlib.suppress(Complete), handler:
+            if isinstance(handler, Substitute):
+                with inner:
+                    self.function(*self.args, **self.kwargs)
+            else:
+                self.function(*self.args, **self.kwargs)
 
     def batch(self, function: Callable[..., Any], rows: Any, *, randomness: str = "error") -> Any:
         """Map a function of one point over the first axis of ``rows`` (a tensor or a dict of tensors)."""
@@ -325,57 +204,3 @@ def _vmap(function: Callable[..., Any], randomness: str) -> Callable[..., Any]:
             return mapped(rows)
 
     return call
-
-
-def _is_batched(value: Any, depth: int = 0) -> bool:
-    """Whether any tensor inside a distribution is batched by the vmap in progress."""
-    if isinstance(value, Tensor):
-        return torch._C._functorch.is_batchedtensor(value)
-    if isinstance(value, dict):
-        return any(_is_batched(item, depth) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return any(_is_batched(item, depth) for item in value)
-    inside = isinstance(value, (torch.distributions.Distribution, torch.distributions.Transform))
-    return inside and depth < 8 and _is_batched(vars(value), depth + 1)
-
-
-def _is_plain(scale: Any, mask: Any) -> bool:
-    """Whether a site's law is neither scaled nor masked; either would leave it unnormalized."""
-    return not isinstance(scale, Tensor) and scale == 1 and (mask is None or mask is True)
-
-
-def _refuse_minibatch(msg: Any) -> None:
-    fn = msg["fn"]
-    if msg["value"] is None and fn.subsample_size is not None and fn.subsample_size < fn.size:
-        raise ValueError(
-            f"Expected a model without minibatches; got plate {msg['name']!r} with subsample_size={fn.subsample_size} "
-            f"of {fn.size}: its density is random, so weights and evidence would be wrong. Drop subsample_size."
-        )
-
-
-def _refuse_support(name: str, fn: Any) -> None:
-    base = fn
-    while base is not None:
-        if isinstance(base, dist.Delta):
-            raise ValueError(
-                f"Expected continuous latent sites; got Delta at {name!r}. Use pyro.deterministic or obs= instead."
-            )
-        if isinstance(base, PERIODIC):
-            raise ValueError(
-                f"Expected latent sites with a proper density on R^n; got the periodic {type(base).__name__} at "
-                f"{name!r}. Sample a Uniform(-pi, pi) angle and put the law in a pyro.factor."
-            )
-        base = getattr(base, "base_dist", None)
-    try:
-        biject_to(fn.support)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"Expected a support with a bijection to R^n; got {fn.support} at latent site {name!r}."
-        ) from error
-
-
-def _changed(expected: set[str], got: set[str]) -> str:
-    return (
-        f"Expected the same latent sites in every run; got {sorted(got)} after {sorted(expected)}. "
-        "Which sites exist must not depend on sampled values."
-    )
