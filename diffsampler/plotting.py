@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["comparison", "marginals", "pair", "training", "weights"]
+__all__ = ["comparison", "marginals", "pair", "styled", "training", "weights"]
 
 Limits = tuple[float, float]
 
@@ -46,7 +46,7 @@ STYLE: dict[Any, Any] = {
 
 
 @contextmanager
-def _figure(width: float, height: float, rows: int, columns: int, pad: float = 0.04) -> Iterator[tuple[Figure, Any]]:
+def styled(width: float, height: float, rows: int, columns: int, pad: float = 0.04) -> Iterator[tuple[Figure, Any]]:
     """A figure with ``(rows, columns)`` axes in the library's style, which ends with the block."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -94,7 +94,7 @@ def pair(
     lines = _columns({k: torch.as_tensor(v).unsqueeze(0) for k, v in truth.items()}, None) if truth else {}
     size = len(draws)
     side = max(1.9 * size, 4.8)
-    with _figure(side, side, size, size) as (figure, axes):
+    with styled(side, side, size, size) as (figure, axes):
         for i, (row, y) in enumerate(draws.items()):
             for j, (column, x) in enumerate(draws.items()):
                 ax = axes[i][j]
@@ -135,7 +135,7 @@ def weights(log_weight: Tensor, *, title: str = "") -> Figure:
     share = torch.softmax(finite, 0).sort(descending=True).values.cumsum(0)
     rank = torch.arange(1, finite.numel() + 1, dtype=torch.float64) / n
     ess, k = estimators.effective_sample_size(finite), estimators.pareto_smooth(finite)[1]
-    with _figure(8.0, 3.3, 1, 2) as (figure, axes):
+    with styled(8.0, 3.3, 1, 2) as (figure, axes):
         left, right = axes[0]
         low, high = float(torch.quantile(finite[:1_000_000], 0.002)), float(finite.max())
         span = max(high - low, 1e-3)
@@ -179,7 +179,7 @@ def training(history: Sequence[Mapping[str, float]], *, log_normalizer: float | 
     ]
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
-    with _figure(4.2 * columns, 2.7 * rows + 0.3, rows, columns) as (figure, axes):
+    with styled(4.2 * columns, 2.7 * rows + 0.3, rows, columns) as (figure, axes):
         for ax, key in zip(axes.flat, panels, strict=False):
             points = [(row["step"], _number(row.get(key))) for row in history if row.get(key) is not None]
             steps, values = zip(*points, strict=True) if points else ((), ())
@@ -215,7 +215,7 @@ def comparison(rows: Sequence[Mapping[str, Any]], *, title: str = "", floor: flo
     targets = list(dict.fromkeys(row["target"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     width, highest = 0.8 / len(methods), floor
-    with _figure(max(1.4 * len(targets) * len(methods) ** 0.5, 5.0), 3.4, 1, 1) as (figure, axes):
+    with styled(max(1.4 * len(targets) * len(methods) ** 0.5, 5.0), 3.4, 1, 1) as (figure, axes):
         ax = axes[0][0]
         for row in rows:
             m = methods.index(row["method"])
@@ -271,7 +271,7 @@ def marginals(
     shown = list(next(iter(table.values())))[:max_dims]
     columns = min(columns, len(shown))
     rows = math.ceil(len(shown) / columns)
-    with _figure(3.1 * columns, 2.3 * rows + 0.5, rows, columns, pad=0.12) as (figure, axes):
+    with styled(3.1 * columns, 2.3 * rows + 0.5, rows, columns, pad=0.12) as (figure, axes):
         for ax, name in zip(axes.flat, shown, strict=False):
             # One sampler that strays must not squeeze the reference into a line.
             ranges = [_limits(table[m][name], mass[m]) for m in ([reference] if reference in table else table)]

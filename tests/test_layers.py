@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "refinement": ("methods", "pilot"),
     "plotting": ("estimators",),
     "metrics": (),
+    "plotting_particles": ("plotting", "metrics"),
     "result": ("particles", "storage", "integrations", "plotting"),
     "compare": ("result",),
     "checks": ("target",),
@@ -77,7 +78,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 
 # Where a third-party package may be imported, inside functions only; its types may be named anywhere.
 LAZY_HOMES: dict[str, tuple[str, ...]] = {
-    "matplotlib": ("plotting",),
+    "matplotlib": ("plotting", "plotting_particles"),
     "arviz": ("integrations",),
     "xarray": ("integrations",),
     "openmm": ("targets",),
