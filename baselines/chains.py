@@ -11,7 +11,7 @@ from pyro.ops.stats import effective_sample_size
 from torch import Tensor
 
 from diffsampler.baselines.warmup import Adapted, jittered, warm_up
-from diffsampler.kernel import FreeRunningKernel, Kernel, KernelParams, LogDensity, State
+from diffsampler.kernel import FreeRunningKernel, Kernel, LogDensity, State
 from diffsampler.kernels.chees import ChEES
 from diffsampler.kernels.compiled import CompiledDensity, whiten
 from diffsampler.kernels.metric import DenseMetric, DiagonalMetric
@@ -19,7 +19,7 @@ from diffsampler.particles import Particles
 from diffsampler.sampler import Sampler
 from diffsampler.target import Target
 
-__all__ = ["ChainOptions", "ChainSampler", "Chains", "bulk_effective_sample_size"]
+__all__ = ["ChainOptions", "ChainSampler", "Chains", "Record", "Running", "bulk_effective_sample_size"]
 
 TRANSITIONS_PER_RUN = 512
 """Transitions after which chains that run freely meet again, which bounds the memory of their random starts."""
@@ -46,13 +46,26 @@ class ChainOptions(TypedDict, total=False):
     dtype: torch.dtype
 
 
-class _Record(NamedTuple):
-    """What the recorded phase leaves behind."""
+class Running(NamedTuple):
+    """Chains that are warm, with everything that is frozen."""
+
+    state: State
+    """In the coordinates of ``adapted.frame``."""
+    log_density: LogDensity
+    """In the same coordinates."""
+    adapted: Adapted
+    steps: int
+    """Transitions made since the warm-up."""
+
+
+class Record(NamedTuple):
+    """What a recorded phase leaves behind."""
 
     x: Tensor
     """Draws, shape ``(chains, draws, D)``."""
     nonfinite: int
-    divergences: int
+    diverged: Tensor
+    """Divergent transitions of each chain, shape ``(chains,)``, int64."""
     evaluations: int
     useful: float
 
@@ -165,6 +178,19 @@ class ChainSampler(Sampler, ABC):
         """Draw at least ``n`` points, ``ceil(n / num_chains)`` from each chain, chain after chain."""
         draws = max(math.ceil(n / self.num_chains), 1)
         generator = torch.Generator().manual_seed(seed)
+        _, record = self.extend(self.begin(generator, draws=draws), draws, generator)
+        return Particles(
+            record.x.flatten(0, 1),
+            torch.zeros(self.num_chains * draws, dtype=torch.float64, device=record.x.device),
+            replicates=self.num_chains,
+            has_normalizer=False,
+            effective=bulk_effective_sample_size(record.x),
+            nonfinite=record.nonfinite,
+            divergences=int(record.diverged.sum()),
+        )
+
+    def begin(self, generator: torch.Generator, *, draws: int) -> Running:
+        """Start the chains and warm them up; ``draws`` of each are foreseen, which decides what is compiled."""
         eager = self.target.log_prob_and_score
         start = self.warmup_kernel.init(self._start(generator), eager, generator=generator)
         _check_start(start)
@@ -180,58 +206,46 @@ class ChainSampler(Sampler, ABC):
             step_size=self.step_size,
             length=self.length,
         )
-        record = self._record(adapted, log_density, draws, generator)
-        spent = adapted.evaluations + record.evaluations
-        self._evaluations += self.num_chains * spent
-        self.lockstep_waste = 1.0 - record.useful / (self.num_chains * record.evaluations)
-        return Particles(
-            record.x.flatten(0, 1),
-            torch.zeros(self.num_chains * draws, dtype=torch.float64, device=record.x.device),
-            replicates=self.num_chains,
-            has_normalizer=False,
-            effective=bulk_effective_sample_size(record.x),
-            nonfinite=record.nonfinite,
-            divergences=record.divergences,
-        )
-
-    def _record(self, adapted: Adapted, log_density: LogDensity, draws: int, generator: torch.Generator) -> _Record:
-        density, state = whiten(log_density, adapted.frame), adapted.state
+        self._evaluations += self.num_chains * adapted.evaluations
+        state = adapted.state
         if self.kernel is not self.warmup_kernel:
             state = self.kernel.refresh(state, generator=generator)
-        if isinstance(self.kernel, FreeRunningKernel):
-            record = self._record_freely(self.kernel, state, density, adapted.params, draws, generator)
-        else:
-            record = self._record_together(state, density, adapted.params, draws, generator)
-        return record if adapted.frame is None else record._replace(x=adapted.frame.to_original(record.x))
+        return Running(state, whiten(log_density, adapted.frame), adapted, 0)
 
-    def _record_freely(
-        self,
-        kernel: FreeRunningKernel,
-        state: State,
-        log_density: LogDensity,
-        params: KernelParams,
-        draws: int,
-        generator: torch.Generator,
-    ) -> _Record:
+    def extend(self, running: Running, draws: int, generator: torch.Generator) -> tuple[Running, Record]:
+        """Record ``draws`` more of every chain."""
+        record_more = self._record_freely if isinstance(self.kernel, FreeRunningKernel) else self._record_together
+        state, record = record_more(running, draws, generator)
+        self._evaluations += self.num_chains * record.evaluations
+        self.lockstep_waste = 1.0 - record.useful / (self.num_chains * record.evaluations)
+        frame = running.adapted.frame
+        if frame is not None:
+            record = record._replace(x=frame.to_original(record.x))
+        return running._replace(state=state, steps=running.steps + draws * self.thin), record
+
+    def _record_freely(self, running: Running, draws: int, generator: torch.Generator) -> tuple[State, Record]:
         """Every chain makes its own number of transitions at its own pace."""
-        most, kept, nonfinite, diverged, evaluations, useful = max(TRANSITIONS_PER_RUN // self.thin, 1), [], 0, 0, 0, 0
+        kernel, state, params = self.kernel, running.state, running.adapted.params
+        assert isinstance(kernel, FreeRunningKernel)
+        most, kept, evaluations = max(TRANSITIONS_PER_RUN // self.thin, 1), [], 0
+        nonfinite = diverged = useful = torch.zeros(self.num_chains, dtype=torch.int64, device=state.x.device)
         while draws > 0:
-            state, trace = kernel.run(state, log_density, params, generator, draws=min(draws, most), thin=self.thin)
-            draws -= most
+            count = min(draws, most)
+            state, trace = kernel.run(state, running.log_density, params, generator, draws=count, thin=self.thin)
+            draws -= count
             kept.append(trace.x)
-            nonfinite += int(trace.nonfinite.sum())
-            diverged += int(trace.diverged.sum())
+            nonfinite = nonfinite + trace.nonfinite
+            diverged = diverged + trace.diverged
+            useful = useful + trace.useful
             evaluations += trace.evaluations
-            useful += int(trace.useful.sum())
-        return _Record(torch.cat(kept, 1), nonfinite, diverged, evaluations, float(useful))
+        return state, Record(torch.cat(kept, 1), int(nonfinite.sum()), diverged, evaluations, float(useful.sum()))
 
-    def _record_together(
-        self, state: State, log_density: LogDensity, params: KernelParams, draws: int, generator: torch.Generator
-    ) -> _Record:
+    def _record_together(self, running: Running, draws: int, generator: torch.Generator) -> tuple[State, Record]:
         kept, broken, diverged, useful, evaluations = [], [], [], [], 0
+        state = running.state
         for step in range(1, draws * self.thin + 1):
-            moved = jittered(params, step, jitter=self.trajectory is not None)
-            state, info = self.kernel.step(state, log_density, moved, generator)
+            moved = jittered(running.adapted.params, running.steps + step, jitter=self.trajectory is not None)
+            state, info = self.kernel.step(state, running.log_density, moved, generator)
             evaluations += info.evaluations
             broken.append(info.nonfinite)
             useful.append(info.useful)
@@ -240,13 +254,15 @@ class ChainSampler(Sampler, ABC):
             if step % self.thin == 0:
                 kept.append(state.x)
         used = [part for part in useful if part is not None]
-        return _Record(
+        none = torch.zeros(self.num_chains, dtype=torch.int64, device=state.x.device)
+        record = Record(
             torch.stack(kept, 1),
             int(torch.stack(broken).sum()),
-            int(torch.stack(diverged).sum()) if diverged else 0,
+            torch.stack(diverged).sum(0) if diverged else none,
             evaluations,
             float(torch.stack(used).sum()) if used else float(self.num_chains * evaluations),
         )
+        return state, record
 
     def _density(self, x: Tensor, steps: int) -> LogDensity:
         """The density to run with: compiled where it is asked for or pays."""

@@ -11,17 +11,15 @@ References:
 
 from __future__ import annotations
 
-import contextlib
 import math
-import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, final
 
 import torch
 from pyro.infer import MCMC, NUTS
 from pyro.ops.stats import effective_sample_size
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from diffsampler.integrations.pyro_checks import (
     check_batch,
@@ -34,6 +32,7 @@ from diffsampler.integrations.pyro_checks import (
     unconstrain,
 )
 from diffsampler.integrations.pyro_density import Model, stack
+from diffsampler.integrations.pyro_graphs import CompiledDensity, TracedDensity
 from diffsampler.integrations.pyro_handlers import Latent
 from diffsampler.integrations.pyro_laws import draw_law
 from diffsampler.particles import Particles
@@ -48,10 +47,10 @@ class PyroTarget(Target):
     r"""The posterior of a Pyro model, unnormalized, over one unconstrained vector.
 
     The model may use plates, masks, scales, factors, deterministic sites, ``pyro.param`` (taken at its current value)
-    and any support that has a bijection to :math:`\mathbb{R}^n` (:mod:`.pyro_supports`), including supports that depend on
-    other sites. Discrete latent sites with finitely many values are summed out (:mod:`.pyro_enumeration`). All
-    positional and keyword arguments after ``model`` are the model's own. They are evaluated in float64; results have
-    the dtype of ``x``.
+    and any support that has a bijection to :math:`\mathbb{R}^n` (:mod:`.pyro_supports`), also one that depends on other
+    sites. Discrete latent sites with finitely many values are summed out (:mod:`.pyro_enumeration`). All positional and
+    keyword arguments after ``model`` are the model's own. They are evaluated in float64; results have the dtype of
+    ``x``. A target is one fixed density: do not change data in place afterwards.
 
     Arguments:
         model: A Pyro model.
@@ -95,6 +94,8 @@ class PyroTarget(Target):
         super().__init__(Euclidean(points.shape[1]), prior=prior)
         self._model = traced
         self._points = points
+        # Not super(): a bound method is pickled by its name, which is overridden.
+        self._traced = TracedDensity(partial(Target.log_prob_and_score, self))
 
     @property
     def names(self) -> list[str]:
@@ -114,6 +115,14 @@ class PyroTarget(Target):
     def log_prob(self, x: Tensor) -> Tensor:
         return _log_prob(self._model, x, likelihood=True)
 
+    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.vectorized:
+            return super().log_prob_and_score(x)
+        if x.ndim == 2:
+            return self._traced(x)
+        log_prob, score = self._traced(x.reshape(-1, self.dim))
+        return log_prob.reshape(x.shape[:-1]), score.reshape(x.shape)
+
     def log_likelihood(self, x: Tensor) -> Tensor:
         """Log density of the observed sites and factors, ``(..., D) -> (...)``."""
         flat = _rows(x, self.dim)
@@ -129,7 +138,9 @@ class PyroTarget(Target):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"Expected batch_size to be a positive integer; got {batch_size!r}.")
         index = torch.arange(batch_size, device=self._points.device) % len(self._points)
-        return CompiledDensity(self, self._points[index].to(dtype), backend=backend)
+        points = self._points[index].to(dtype)
+        density = partial(Target.log_prob_and_score, self)
+        return CompiledDensity(density, points, backend=backend, vectorized=self.vectorized)
 
     def constrain(self, x: Tensor, *, deterministic: bool = False) -> dict[str, Tensor]:
         """Values of the latent sites (and of deterministic sites on request), ``(..., D)`` to ``(..., *event)``."""
@@ -153,64 +164,6 @@ class PyroTarget(Target):
         """Split ``(..., D)`` into the unconstrained values ``(..., *shape)`` of each site."""
         sites = self._model.sites.items()
         return {name: x[..., site.entries].reshape(x.shape[:-1] + site.unconstrained) for name, site in sites}
-
-
-@final
-class CompiledDensity:
-    """:meth:`PyroTarget.log_prob_and_score` for one batch size, as a compiled graph of tensor operations.
-
-    The model's Python runs once, through ``vmap``, which refuses whatever depends on sampled values; data and
-    parameters are frozen. Points of another shape, dtype or device are evaluated eagerly, and so is everything if the
-    graph cannot be made or does not reproduce the eager values (``failure`` then says why).
-
-    Arguments:
-        target: The target.
-        x: Points of the shape, dtype and device to compile for, shape ``(n, D)``.
-        backend: Backend of ``torch.compile``.
-    """
-
-    def __init__(self, target: PyroTarget, x: Tensor, *, backend: str) -> None:
-        self.target = target
-        self.failure: str | None = None
-        self._like = x
-        # torch.compile switches the validation of distributions off for good, for everybody.
-        switch = torch.distributions.Distribution._validate_args
-        try:
-            with warnings.catch_warnings():
-                # A compiler's deprecations are neither the user's nor a reason to fail.
-                warnings.simplefilter("ignore")
-                self._graph = self._compile(backend)
-        except Exception as error:  # whatever a compiler may raise, the eager density is there
-            self.failure = f"{type(error).__name__}: {error}"
-        finally:
-            torch.distributions.Distribution._validate_args = switch
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Log density ``(n,)`` and score ``(n, D)``, without a graph."""
-        like = self._like
-        if self.failure is None and (x.shape, x.dtype, x.device) == (like.shape, like.dtype, like.device):
-            with torch.no_grad(), contextlib.suppress(torch.linalg.LinAlgError):
-                log_prob, score = self._graph(x)
-                return log_prob, score
-        return self.target.log_prob_and_score(x)
-
-    def _compile(self, backend: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        if not self.target.vectorized:
-            raise ValueError("the model is evaluated in a loop")
-        # Not the bound method: make_fx would count its first argument.
-        graph = make_fx(lambda x: self.target.log_prob_and_score(x))(self._like)
-        compiled = torch.compile(graph, dynamic=False, backend=backend)
-        with torch.no_grad():
-            log_prob, score = compiled(self._like)
-        expected, expected_score = self.target.log_prob_and_score(self._like)
-        if not (_close(log_prob, expected) and _close(score, expected_score)):
-            raise ValueError("compiled and eager values differ")
-        return compiled
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    tolerance = torch.finfo(b.dtype).eps ** 0.5
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 @final
