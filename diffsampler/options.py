@@ -31,7 +31,8 @@ __all__ = [
 DECIDED: dict[str, frozenset[str]] = {
     "auto": frozenset(
         "pilot coordinates held_out_log_likelihood mixture stages gap num_steps noise_min learned_steps "
-        "learned_log_normalizer learned_ess learned_pareto_k largest_difference pilot_log_normalizer chosen".split()
+        "learned_log_normalizer learned_ess learned_pareto_k largest_difference pilot_log_normalizer chosen "
+        "defence_share".split()
     ),
     "smc": frozenset(("betas", "num_islands")),
     **dict.fromkeys(LEARNED, frozenset(("location", "scale", "local_scale", "learning_rate", "num_steps"))),

@@ -31,6 +31,8 @@ class Particles:
         known_replicates: ``log Z`` of each block known from elsewhere (the ladder of parallel tempering), shape
             ``(replicates,)``, instead of the weights'. Blocks of chains keep equal weights in expectations: to weight
             them by a noisy estimate of Z would add that noise to all of them.
+        known_elbo: Lower bound of ``log Z`` known from elsewhere (the learned part of a defended sampler, whose other
+            draws may weigh nothing), instead of the weights' own.
     """
 
     x: Tensor
@@ -41,6 +43,7 @@ class Particles:
     nonfinite: int = 0
     divergences: int = 0
     known_replicates: Tensor | None = None
+    known_elbo: float | None = None
 
     def __post_init__(self) -> None:
         if self.x.ndim != 2 or self.log_weight.shape != self.x.shape[:1]:
@@ -84,6 +87,8 @@ class Particles:
         """Lower bound of ``log Z``: mean log weight, or the mean of the blocks' ``log Z`` where particles interact."""
         if not self.has_normalizer:
             return math.nan
+        if self.known_elbo is not None:
+            return self.known_elbo
         values = self.log_replicates if self.replicates > 1 else self.log_weight
         return estimators.elbo(values).value
 

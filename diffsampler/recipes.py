@@ -12,6 +12,7 @@ from torch import Tensor
 from diffsampler.estimators import systematic_resample
 from diffsampler.methods.cmcd import CMCD, MCD, AnnealedULA
 from diffsampler.methods.dds import DDS
+from diffsampler.methods.defensive import DefensiveSampler, defence_share
 from diffsampler.methods.dis import DIS
 from diffsampler.methods.gbs import GBS
 from diffsampler.methods.gfn import DGFS, GFN
@@ -22,6 +23,7 @@ from diffsampler.particles import Particles
 from diffsampler.pilot import PilotResult
 from diffsampler.pilot.guide import wide_law
 from diffsampler.pilot.search import MeanFieldFits, multistart
+from diffsampler.pilot.transport import Pushforward
 from diffsampler.refinement import Course, refine
 from diffsampler.sampler import DiffusionSampler, Sampler
 from diffsampler.schedule import variance_exploding
@@ -194,10 +196,11 @@ def refined_sampler(
     generator: torch.Generator,
     dtype: torch.dtype,
     course: Course,
-) -> tuple[MappedSampler, dict[str, Any]]:
+) -> tuple[MappedSampler | DefensiveSampler, dict[str, Any]]:
     """A sampler that draws cheaply, learned from a pilot's particles; see :mod:`diffsampler.refinement`.
 
-    Off Euclidean space there are no mixtures to build on: a network alone learns to reverse the noising chain.
+    The pilot's reference density defends it against mass that it has not learned. Off Euclidean space there are no
+    mixtures to build on: a network alone learns to reverse the noising chain.
     """
     assert pilot.particles is not None
     device = generator.device
@@ -214,10 +217,23 @@ def refined_sampler(
         dtype=dtype,
         course=course,
     )
-    return MappedSampler(target, work.sampler, work.frame.to_original), {
-        **choices,
-        "learned_steps": int(sum(_last_steps(work.history))),
-    }
+    choices["learned_steps"] = int(sum(_last_steps(work.history)))
+    if pilot.reference is None or pilot.transport is None:
+        return MappedSampler(target, work.sampler, work.frame.to_original), choices
+    reference = Pushforward(pilot.reference, pilot.transport).to(device)
+    with torch.no_grad():
+        log_ratio = target.log_prob(x).double() - reference.log_prob(x).double()
+    share = defence_share(work.sampler, work.frame.to_frame(x), log_ratio, generator=generator)
+    choices["defence_share"] = share
+    defended = DefensiveSampler(
+        target,
+        work.sampler,
+        reference,
+        share=share,
+        to_original=work.frame.to_original,
+        to_inner=work.frame.to_frame,
+    )
+    return defended, choices
 
 
 def _refined_on_space(

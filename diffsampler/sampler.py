@@ -195,6 +195,17 @@ class DiffusionSampler(Sampler):
         shift = math.log((n - lost) / n)
         return Particles(x[keep], log_weight[keep] + shift, nonfinite=lost)
 
+    def backward_weights(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Log weights ``(n,)``, float64, of backward paths from given terminal points ``x (n, D)``."""
+        like = next(self.process.parameters())
+        pieces = x.split(self._batches(x.shape[0]))
+        return torch.cat(
+            [
+                simulate_backward(self.process, self._counted, piece.to(like), generator=generator).log_weight
+                for piece in pieces
+            ]
+        )
+
     def backward_log_weight(self, n: int, *, seed: int = 0) -> Tensor:
         """Log weights ``(n,)`` of backward paths from exact samples of the target.
 
@@ -202,11 +213,12 @@ class DiffusionSampler(Sampler):
             NotImplementedError: If the target has no exact sampler.
         """
         generator = torch.Generator(self.device).manual_seed(seed)
-        weights = []
-        for size in self._batches(n):
-            x = self.target.sample(size, generator=generator).to(next(self.process.parameters()))
-            weights.append(simulate_backward(self.process, self._counted, x, generator=generator).log_weight)
-        return torch.cat(weights)
+        return torch.cat(
+            [
+                self.backward_weights(self.target.sample(size, generator=generator), generator=generator)
+                for size in self._batches(n)
+            ]
+        )
 
     def eubo(self, n: int, *, seed: int = 0) -> Estimate:
         """Upper bound of ``log Z`` from ``n`` exact samples of the target."""

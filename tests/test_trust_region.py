@@ -305,7 +305,7 @@ def test_losses_that_cannot_be_tempered_are_refused(case: str):
     ("options", "message"),
     [
         ({"bound": 0.0}, "Expected bound in"),
-        ({"bound": 9.0}, "Expected bound in"),
+        ({"bound": 20.0}, "Expected bound in"),
         ({"buffer": 4}, "Expected buffer >= 8; got 4"),
         ({"inner_steps": 0}, "Expected inner_steps >= 1; got 0"),
         ({"check_every": 0}, "Expected check_every >= 1; got 0"),
