@@ -4,6 +4,9 @@ from collections.abc import Callable
 
 from diffsampler.target import Target
 from diffsampler.targets.absorption import Absorption as Absorption
+from diffsampler.targets.alanine_dipeptide import AlanineDipeptide as AlanineDipeptide
+from diffsampler.targets.alanine_dipeptide import AlanineDipeptideInternal as AlanineDipeptideInternal
+from diffsampler.targets.alanine_dipeptide import AlanineModel as AlanineModel
 from diffsampler.targets.double_well_particles import DoubleWell4 as DoubleWell4
 from diffsampler.targets.eight_schools import EightSchools as EightSchools
 from diffsampler.targets.fluid import LennardJonesFluid as LennardJonesFluid
@@ -17,6 +20,8 @@ from diffsampler.targets.lattice import PhiFour as PhiFour
 from diffsampler.targets.lennard_jones import LennardJones as LennardJones
 from diffsampler.targets.logistic import LogisticRegression as LogisticRegression
 from diffsampler.targets.mixtures import GaussianMixture as GaussianMixture
+from diffsampler.targets.molecule import InternalMolecule as InternalMolecule
+from diffsampler.targets.molecule import Molecule as Molecule
 from diffsampler.targets.shapes import Banana as Banana
 from diffsampler.targets.shapes import Rings as Rings
 from diffsampler.targets.von_mises import VonMisesMixture as VonMisesMixture
@@ -51,6 +56,7 @@ REGISTRY: dict[str, Callable[[], Target]] = {
     "lj55": lambda: LennardJones(55),
     "lj_fluid16": LennardJonesFluid,
     "phi4": PhiFour,
+    "alanine_dipeptide": AlanineDipeptideInternal,
     "von_mises": VonMisesMixture.basins,
 }
 """Targets of the command line by their short names; call the value to build one."""
