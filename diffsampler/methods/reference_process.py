@@ -67,7 +67,7 @@ class Start(nn.Module, ABC):
 
     @abstractmethod
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """Draw points ``(n, D)``, in the dtype and on the device of the law."""
+        """Draw points ``(n, D)``, on the device of the law."""
 
     @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class PointStart(Start):
     """All particles begin at the origin."""
 
     def __init__(self, space: Space) -> None:
-        super().__init__(space, torch.zeros(1))
+        super().__init__(space, torch.zeros(1, dtype=torch.float64))
 
     def apply_spectrum(self, x: Tensor, factors: Tensor) -> Tensor:
         return factors * x
@@ -102,7 +102,7 @@ class GaussianStart(Start):
 
     def __init__(self, space: Space, *, scale: float = 1.0) -> None:
         _check_start(space, scale)
-        super().__init__(space, torch.tensor([scale**2]))
+        super().__init__(space, torch.tensor([scale**2], dtype=torch.float64))
 
     def apply_spectrum(self, x: Tensor, factors: Tensor) -> Tensor:
         return factors * x
@@ -111,7 +111,7 @@ class GaussianStart(Start):
         return self.variances.sqrt() * self.space.noise((n,), like=self.variances, generator=generator)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        return self.space.log_gaussian(x, torch.zeros_like(x), self.variances)
+        return self.space.log_gaussian(x, torch.zeros_like(x), self.variances.to(x.dtype))
 
 
 @final
@@ -140,20 +140,21 @@ class HarmonicStart(Start):
             raise ValueError("Expected bonds that connect all particles; got separate groups.")
         # The centre of mass, eigenvalue zero, does not exist on the space.
         variances = torch.cat([value.new_zeros(1), scale**2 / value[1:]])
-        super().__init__(space, variances.float())
-        self.register_buffer("basis", basis.float())
+        super().__init__(space, variances)
+        self.register_buffer("basis", basis)
         self.n, self.d = space.n, space.d
 
     def apply_spectrum(self, x: Tensor, factors: Tensor) -> Tensor:
-        modes = self.basis.T @ x.unflatten(-1, (self.n, self.d))
-        return (self.basis @ (factors.unsqueeze(-1) * modes)).flatten(-2)
+        basis = self.basis.to(x.dtype)
+        modes = basis.T @ x.unflatten(-1, (self.n, self.d))
+        return (basis @ (factors.unsqueeze(-1) * modes)).flatten(-2)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         noise = self.space.noise((n,), like=self.variances, generator=generator)
         return self.apply_spectrum(noise, self.variances.sqrt())
 
     def log_prob(self, x: Tensor) -> Tensor:
-        modes = (self.basis.T @ x.unflatten(-1, (self.n, self.d)))[..., 1:, :].double()
+        modes = (self.basis.T @ x.to(self.basis.dtype).unflatten(-1, (self.n, self.d)))[..., 1:, :].double()
         variance = self.variances[1:].double()
         square = (modes.square().sum(-1) / variance).sum(-1)
         return -0.5 * (square + self.d * (2.0 * math.pi * variance).log().sum())
@@ -286,43 +287,52 @@ class ReferenceProcess(Process):
             "restoring": torch.cat([modes.new_zeros(1, modes.shape[-1]), 1.0 / modes[1:]]),
             "end_variance": modes[-1],
         }
-        self.register_buffer("time", reference.time.float())
+        self.register_buffer("time", reference.time)
         for name, value in table.items():
-            self.register_buffer(name, value.float())
+            self.register_buffer(name, value)
+
+    def at(self, table: Tensor, k: Tensor) -> Tensor:
+        """Entries of a table of the reference, kept in float64, in the dtype of the process."""
+        return table[k].to(self.log_variance.dtype)
 
     def sample_initial(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        return self.start.sample(n, generator=generator)
+        return self.start.sample(n, generator=generator).to(self.log_variance.dtype)
 
     def log_initial(self, x: Tensor) -> Tensor:
         return self.start.log_prob(x)
 
     def steer(self, k: Tensor, x: Tensor) -> Tensor:
         """The control ``u (..., D)`` at steps ``k (...)`` in ``0..K-1`` and states ``x (..., D)``."""
-        return self.gain[k] * self.space.project_vector(self.control(self.time[k], x))
+        return self.at(self.gain, k) * self.space.project_vector(self.control(self.at(self.time, k), x))
 
     def correct(self, k: Tensor, x: Tensor) -> Tensor:
         """The corrector ``h (..., D)`` at steps ``k (...)`` in ``1..K``."""
-        h = -self.start.apply_spectrum(x, self.restoring[k])
+        h = -self.start.apply_spectrum(x, self.at(self.restoring, k))
         if self.corrector_control is None:
             return h
-        return h + self.back_gain[k] * self.space.project_vector(self.corrector_control(self.time[k], x))
+        return h + self.at(self.back_gain, k) * self.space.project_vector(
+            self.corrector_control(self.at(self.time, k), x)
+        )
 
     def forward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
-        mean = self.contraction[k] * x + self.variance[k] * self.steer(k, x)
-        return Gaussian(mean, self.variance[k] * clip(self.log_variance[k], LOG_VARIANCE_BOUND).exp())
+        mean = self.at(self.contraction, k) * x + self.at(self.variance, k) * self.steer(k, x)
+        return Gaussian(mean, self.at(self.variance, k) * clip(self.log_variance[k], LOG_VARIANCE_BOUND).exp())
 
     def backward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
-        mean = self.start.apply_spectrum(x, self.pull[k])
+        mean = self.start.apply_spectrum(x, self.at(self.pull, k))
         if self.corrector_control is None or self.back_log_variance is None:
-            return Gaussian(mean, self.back_variance[k])
-        net = self.space.project_vector(self.corrector_control(self.time[k + 1], x))
-        mean = mean + self.variance[k] / self.contraction[k] * self.back_gain[k + 1] * net
-        return Gaussian(mean, self.back_variance[k] * clip(self.back_log_variance[k], LOG_VARIANCE_BOUND).exp())
+            return Gaussian(mean, self.at(self.back_variance, k))
+        net = self.space.project_vector(self.corrector_control(self.at(self.time, k + 1), x))
+        mean = mean + self.at(self.variance, k) / self.at(self.contraction, k) * self.at(self.back_gain, k + 1) * net
+        return Gaussian(
+            mean, self.at(self.back_variance, k) * clip(self.back_log_variance[k], LOG_VARIANCE_BOUND).exp()
+        )
 
     def between(self, k: Tensor, first: Tensor, last: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``x_k`` of the reference given states ``x_0`` and ``x_K``, each ``(..., D)``, for ``k (...)``."""
-        level, left, total = self.level[k], self.left[k], self.level[-1]
-        mean = (self.reach[k] * left * first + self.ahead[k] * level * last) / total
+        level, left = self.at(self.level, k), self.at(self.left, k)
+        total = self.at(self.level, torch.tensor(-1))
+        mean = (self.at(self.reach, k) * left * first + self.at(self.ahead, k) * level * last) / total
         noise = self.drawn_space.noise(tuple(last.shape[:-1]), like=last, generator=generator)
         return mean + (level * left / total).sqrt() * noise
 
