@@ -152,10 +152,12 @@ def exact_pair_law(*, spacing: float = 0.1, directions: int = 256) -> PairLaw:
     # Energies are counted from the bottom of a well, six pairs in all, so that nothing overflows.
     pairs = (LOWEST - _u(square.clamp_min(0.0).sqrt())).exp()
     root = (0.5 * (LOWEST - _u(r) + r.log() + math.log(width * 2.0 * math.pi / directions))).exp()
-    # The kernel is even in the angle, so its spectrum is real: a discrete cosine transform over half a turn.
-    spectrum = torch.fft.hfft(pairs.to(torch.complex128), n=directions, dim=0)
+    # The kernel is even in the angle, so its spectrum is real and even: half of it is enough.
+    spectrum = torch.fft.hfft(pairs.to(torch.complex128), n=directions, dim=0)[: directions // 2 + 1]
+    multiplicity = torch.full((directions // 2 + 1, 1), 2.0, dtype=torch.float64)
+    multiplicity[0] = multiplicity[-1] = 1.0
     blocks = root[:, None] * spectrum * root
-    diagonal = torch.einsum("mij,mjk,mki->i", blocks, blocks, blocks)
+    diagonal = (multiplicity * ((blocks @ blocks) * blocks).sum(-1)).sum(0)
     total = diagonal.sum().item()
     log_relative = math.log(total) - 6.0 * LOWEST
     return PairLaw(r, diagonal / (total * width), log_relative - math.log(4.0))
