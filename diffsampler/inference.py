@@ -140,6 +140,7 @@ def _fit(
         true_log_normalizer=target.log_normalizer,
         notes=[finding.message for finding in findings if finding.level == "note"],
         sampler=answer.sampler,
+        target=target,
     )
 
 

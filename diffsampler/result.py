@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from diffsampler.sampler import Sampler
+    from diffsampler.target import Target
 
 __all__ = ["Finding", "Fit", "diagnose", "load"]
 
+TRANSIENT = ("sampler", "target")
+"""Fields that are not saved."""
 MAX_ROWS = 20
 """Scalar parameters shown by ``print(fit)``; the rest is counted."""
 
@@ -120,6 +124,7 @@ class Fit:
         true_log_normalizer: The exact value where the target declares it.
         notes: What cannot be excluded, and other remarks that are no warnings.
         sampler: Draws more particles, where the method made a sampler; not saved.
+        target: What was sampled; not saved.
     """
 
     particles: Particles
@@ -133,6 +138,7 @@ class Fit:
     true_log_normalizer: float | None = None
     notes: list[str] = field(default_factory=list)
     sampler: Sampler | None = field(default=None, repr=False)
+    target: Target | None = field(default=None, repr=False)
 
     @property
     def log_normalizer(self) -> Estimate:
@@ -169,8 +175,47 @@ class Fit:
         index = index[torch.randperm(n, generator=generator, device=index.device)]
         return {name: value[index] for name, value in self.posterior.items()}
 
-    def to_arviz(self, *, weights: Literal["resample", "keep"] = "resample", num_chains: int = 4) -> Any:
-        """Convert to ArviZ (``InferenceData`` or ``DataTree``), resampled to equal weights unless told otherwise."""
+    def predict(
+        self,
+        num_samples: int = 1000,
+        *,
+        args: tuple[Any, ...] | None = None,
+        kwargs: dict[str, Any] | None = None,
+        deterministic: bool = False,
+        seed: int = 0,
+    ) -> dict[str, Tensor]:
+        """Draw data from a Pyro model given the posterior: what was observed once more, or new data.
+
+        Arguments:
+            num_samples: Number of draws, of equal weight.
+            args: Positional arguments of the model instead of its own, such as new covariates.
+            kwargs: Keyword arguments of the model instead of its own.
+            deterministic: Whether to return deterministic sites too.
+            seed: Seed of everything.
+
+        Raises:
+            TypeError: If the target is no Pyro model, or the fit was loaded from a file and does not have it.
+        """
+        from diffsampler.integrations.pyro import PyroTarget
+        from diffsampler.integrations.pyro_predict import predict
+
+        if not isinstance(self.target, PyroTarget):
+            raise TypeError(f"Expected a fit of a PyroTarget, which has data; got one of {_kind(self.target)}.")
+        values = self.resample(num_samples, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        return predict(self.target, values, args=args, kwargs=kwargs, deterministic=deterministic, generator=generator)
+
+    def to_arviz(
+        self, *, weights: Literal["resample", "keep"] = "resample", num_chains: int = 4, data: bool = True
+    ) -> Any:
+        """Convert to ArviZ (``InferenceData`` or ``DataTree``).
+
+        Arguments:
+            weights: Resample to equal weights, or keep the draws with ``sample_stats.log_weight``.
+            num_chains: Number of chains to divide the draws into.
+            data: Whether the fit of a Pyro model has the groups ``posterior_predictive``, ``log_likelihood`` and
+                ``observed_data`` too.
+        """
         from diffsampler.integrations.arviz import to_arviz
 
         log_z = self.log_normalizer
@@ -182,7 +227,30 @@ class Fit:
             "pareto_k": self.pareto_k,
             "ess": self.ess,
         }
-        return to_arviz(self.posterior, self.particles.log_weight, weights=weights, num_chains=num_chains, attrs=attrs)
+        return to_arviz(
+            self.posterior,
+            self.particles.log_weight,
+            weights=weights,
+            num_chains=num_chains,
+            attrs=attrs,
+            **(self._data_groups() if data else {}),
+        )
+
+    def _data_groups(self) -> dict[str, Any]:
+        """What a Pyro model says about its data, one row for each particle."""
+        # Pyro is there if the target is a model of it; nobody else loads it for an export.
+        if self.target is None or "diffsampler.integrations.pyro" not in sys.modules:
+            return {}
+        from diffsampler.integrations.pyro import PyroTarget
+        from diffsampler.integrations.pyro_predict import log_likelihoods, observed_data, predict
+
+        if not isinstance(self.target, PyroTarget):
+            return {}
+        return {
+            "posterior_predictive": predict(self.target, self.posterior, generator=torch.Generator().manual_seed(0)),
+            "log_likelihood": log_likelihoods(self.target, self.particles.x),
+            "observed_data": observed_data(self.target),
+        }
 
     def plot(self, kind: Literal["pair", "weights", "training"] = "pair", **options: Any) -> Figure:
         """Draw weighted pair plots, the weights, or training curves; options go to :mod:`diffsampler.plotting`.
@@ -213,7 +281,7 @@ class Fit:
 
     def save(self, path: str | Path) -> None:
         """Write the fit to one file, whole or not at all."""
-        content = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "sampler"}
+        content = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in TRANSIENT}
         content["particles"] = {name: getattr(self.particles, name) for name in self.particles.__dataclass_fields__}
         content["findings"] = [tuple(finding) for finding in self.findings]
         save_atomic(path, content)
@@ -232,6 +300,10 @@ class Fit:
 
     def __str__(self) -> str:
         return _table(self)
+
+
+def _kind(target: Target | None) -> str:
+    return "an unknown target" if target is None else type(target).__name__
 
 
 def _indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -276,7 +348,7 @@ def load(path: str | Path) -> Fit:
         raise ValueError(
             f"Expected a file written by Fit.save; got {path}, which cannot be read ({type(error).__name__}: {reason})."
         ) from error
-    fields = set(Fit.__dataclass_fields__) - {"sampler"}
+    fields = set(Fit.__dataclass_fields__) - set(TRANSIENT)
     if not isinstance(content, dict) or set(content) != fields:
         raise ValueError(f"Expected a file written by Fit.save; got {path}, which holds something else.")
     content["particles"] = Particles(**content["particles"])

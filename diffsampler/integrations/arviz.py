@@ -27,6 +27,9 @@ def to_arviz(
     weights: Literal["resample", "keep"] = "resample",
     num_chains: int = 4,
     log_prob: Tensor | None = None,
+    posterior_predictive: Mapping[str, Tensor] | None = None,
+    log_likelihood: Mapping[str, Tensor] | None = None,
+    observed_data: Mapping[str, Tensor] | None = None,
     attrs: Mapping[str, object] | None = None,
     seed: int = 0,
 ) -> Any:
@@ -42,6 +45,9 @@ def to_arviz(
         weights: What becomes of the weights.
         num_chains: Number of chains to divide the draws into. ``"keep"`` drops nothing, so it must divide ``n``.
         log_prob: Log density of each draw, shape ``(n,)``; stored as ``sample_stats.lp`` and, negated, ``energy``.
+        posterior_predictive: Data drawn for each draw, shape ``(n, *shape)``.
+        log_likelihood: Log likelihood of each observation for each draw, shape ``(n, *shape)``.
+        observed_data: The observations, shape ``shape``.
         attrs: Attributes of the result, such as ``log_z``; None values are left out.
         seed: Seed of the resampling.
 
@@ -50,7 +56,13 @@ def to_arviz(
         ImportError: If ArviZ is not installed.
     """
     n = log_weight.shape[0] if log_weight.ndim == 1 else -1
-    _check(posterior, n, tuple(log_weight.shape), weights, num_chains)
+    drawn = {
+        "posterior": posterior,
+        "posterior_predictive": posterior_predictive or {},
+        "log_likelihood": log_likelihood or {},
+    }
+    for group in drawn.values():
+        _check(group, n, tuple(log_weight.shape), weights, num_chains)
     log_weight = log_weight.detach().double()
     if not torch.isfinite(log_weight).any():
         raise ValueError(f"Expected finite log weights; got none in {n} draws.")
@@ -66,9 +78,15 @@ def to_arviz(
         kept = values.detach()[index.to(values.device)]
         return kept.reshape(num_chains, -1, *values.shape[1:]).cpu().numpy()
 
-    groups = {"posterior": {name: chains(values) for name, values in posterior.items()}}
+    groups = {
+        group: {name: chains(values) for name, values in variables.items()}
+        for group, variables in drawn.items()
+        if variables or group == "posterior"
+    }
     if stats:
         groups["sample_stats"] = {name: chains(values) for name, values in stats.items()}
+    if observed_data:
+        groups["observed_data"] = {name: values.detach().cpu().numpy() for name, values in observed_data.items()}
     weighting = "resampled" if weights == "resample" else "sample_stats.log_weight"
     return _from_dict(groups, {"inference_library": "diffsampler", "weighting": weighting, **_plain(attrs or {})})
 

@@ -1,4 +1,4 @@
-r"""Pyro models as targets, and Pyro's NUTS as a peer.
+r"""Pyro models as targets, kernels for Pyro's ``MCMC``, and Pyro's NUTS as a peer.
 
 :class:`PyroTarget` turns a model with continuous latent sites into a density on :math:`\mathbb{R}^D` that is evaluated
 for a whole batch of points at once, with the model's prior as an exact, normalized reference, so that
@@ -11,10 +11,11 @@ References:
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 from pyro.infer import MCMC, NUTS
@@ -39,7 +40,46 @@ from diffsampler.particles import Particles
 from diffsampler.space import Euclidean
 from diffsampler.target import Target
 
-__all__ = ["Chains", "CompiledDensity", "PyroPrior", "PyroTarget", "nuts", "sample_prior"]
+if TYPE_CHECKING:
+    from diffsampler.integrations.pyro_chains import BatchedNUTSKernel, ChEESKernel
+    from diffsampler.integrations.pyro_paths import DiffusionKernel, InterleavedKernel
+    from diffsampler.integrations.pyro_predict import log_likelihoods, observed_data, predict
+    from diffsampler.integrations.pyro_prior import ModelPrior
+
+__all__ = [
+    "BatchedNUTSKernel",
+    "ChEESKernel",
+    "Chains",
+    "CompiledDensity",
+    "DiffusionKernel",
+    "InterleavedKernel",
+    "ModelPrior",
+    "PyroPrior",
+    "PyroTarget",
+    "log_likelihoods",
+    "nuts",
+    "observed_data",
+    "predict",
+    "sample_prior",
+]
+
+LATER = {
+    "BatchedNUTSKernel": "pyro_chains",
+    "ChEESKernel": "pyro_chains",
+    "DiffusionKernel": "pyro_paths",
+    "InterleavedKernel": "pyro_paths",
+    "ModelPrior": "pyro_prior",
+    "log_likelihoods": "pyro_predict",
+    "observed_data": "pyro_predict",
+    "predict": "pyro_predict",
+}
+"""Names that modules above this one define, loaded by those who ask for them."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in LATER:
+        return getattr(importlib.import_module(f"diffsampler.integrations.{LATER[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @final
