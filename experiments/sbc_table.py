@@ -7,9 +7,9 @@ the log likelihood is one that is sensitive. Uniformity is judged by a chi-squar
 Every simulation is one JSON file; those that exist are not made again. As a control, `--shrink` pulls all draws towards
 their mean, which must be noticed.
 
-    OMP_NUM_THREADS=1 python experiments/sbc_table.py                    # defaults: 20 CPU s a simulation
-    OMP_NUM_THREADS=1 python experiments/sbc_table.py --steps 1          # the pilot, with a process barely trained: 7 CPU s
-    OMP_NUM_THREADS=1 python experiments/sbc_table.py --steps 1 --table  # no new simulations
+    OMP_NUM_THREADS=1 python experiments/sbc_table.py                             # defaults: 20 CPU s each
+    OMP_NUM_THREADS=1 python experiments/sbc_table.py --evaluations 900000        # the pilot alone: 2 CPU s
+    OMP_NUM_THREADS=1 python experiments/sbc_table.py --evaluations 900000 --table  # no new simulations
 
 References:
     Validating Bayesian Inference Algorithms with Simulation-Based Calibration (Talts et al., 2018),
