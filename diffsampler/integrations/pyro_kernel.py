@@ -238,7 +238,9 @@ class BlockKernel(MCMCKernel, ABC):
 
     def diagnostics(self) -> dict[str, Any]:
         """Divergent draws, R-hat and effective sample size of the smallest over coordinates, and :meth:`facts`."""
-        facts: dict[str, Any] = {"divergences": list(self._divergences), "num_inner_chains": self.num_chains}
+        handed_out = max(self._calls - self._warmup_steps, 0)
+        divergences = [draw for draw in self._divergences if draw < handed_out]
+        facts: dict[str, Any] = {"divergences": divergences, "num_inner_chains": self.num_chains}
         if self._blocks:
             x = torch.cat(self._blocks, 1)
             facts |= {"inner_ess": _smallest_ess(x), "inner_r_hat": _largest_r_hat(x)}
