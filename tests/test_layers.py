@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "plotting": ("estimators",),
     "metrics": (),
     "plotting_particles": ("plotting", "metrics"),
+    "plotting_ramachandran": ("plotting",),
     "result": ("particles", "storage", "integrations", "plotting"),
     "compare": ("result",),
     "checks": ("target",),
@@ -78,7 +79,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 
 # Where a third-party package may be imported, inside functions only; its types may be named anywhere.
 LAZY_HOMES: dict[str, tuple[str, ...]] = {
-    "matplotlib": ("plotting", "plotting_particles"),
+    "matplotlib": ("plotting", "plotting_particles", "plotting_ramachandran"),
     "arviz": ("integrations",),
     "xarray": ("integrations",),
     "openmm": ("targets",),
