@@ -15,6 +15,8 @@ from diffsampler.compare import compare as compare
 from diffsampler.estimators import Estimate as Estimate
 from diffsampler.inference import Budget as Budget
 from diffsampler.inference import sample as sample
+from diffsampler.methods.adjoint_sampling import AdjointSampling as AdjointSampling
+from diffsampler.methods.asbs import ASBS as ASBS
 from diffsampler.methods.cmcd import CMCD as CMCD
 from diffsampler.methods.cmcd import MCD as MCD
 from diffsampler.methods.cmcd import AnnealedULA as AnnealedULA
@@ -34,6 +36,7 @@ from diffsampler.methods.snf import SNF as SNF
 from diffsampler.methods.underdamped import LDVI as LDVI
 from diffsampler.methods.underdamped import UCMCD as UCMCD
 from diffsampler.methods.underdamped import UHA as UHA
+from diffsampler.methods.wt_asbs import WTASBS as WTASBS
 from diffsampler.particles import Particles as Particles
 from diffsampler.result import Finding as Finding
 from diffsampler.result import Fit as Fit

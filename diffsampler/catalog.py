@@ -33,6 +33,8 @@ METHODS: dict[str, MethodInfo] = {
     "uha": MethodInfo("uha", "Uncorrected Hamiltonian annealing (Geffner, Domke)", 2021, "gradient"),
     "gfn": MethodInfo("gfn", "Off-policy training of diffusion samplers (Sendera et al.)", 2024, "gradient"),
     "dgfs": MethodInfo("dgfs", "Diffusion generative flow samplers (Zhang et al.)", 2024, "gradient"),
+    "as": MethodInfo("as", "Adjoint sampling (Havens et al.)", 2025, "gradient"),
+    "asbs": MethodInfo("asbs", "Adjoint Schroedinger bridge sampler (Liu et al.)", 2025, "gradient"),
 }
 LEARNED = tuple(name for name in METHODS if name not in ("auto", "smc"))
 """Methods that train, and so keep checkpoints."""

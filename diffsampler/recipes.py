@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from diffsampler.estimators import systematic_resample
+from diffsampler.methods.adjoint_sampling import AdjointSampling
+from diffsampler.methods.asbs import ASBS
 from diffsampler.methods.cmcd import CMCD, MCD, AnnealedULA
 from diffsampler.methods.dds import DDS
 from diffsampler.methods.defensive import DefensiveSampler, defence_share
 from diffsampler.methods.dis import DIS
 from diffsampler.methods.gbs import GBS
 from diffsampler.methods.gfn import DGFS, GFN
+from diffsampler.methods.matching import Matching
 from diffsampler.methods.pis import PIS
 from diffsampler.methods.underdamped import LDVI, UCMCD, UHA
 from diffsampler.objective import BridgeLikelihood, LogVariance
@@ -139,7 +142,15 @@ def learned_sampler(
     features = 64 if target.dim <= 4 else 0
     noise_min = min(0.5, max(0.01, 0.5 * local))
     annealed: dict[str, Any] = {"scale": 1.5, "local_scale": local, "seed": seed}
+    matched: dict[str, Any] = {
+        "sigma_min": 0.5 * noise_min,
+        "lesson": Matching(fresh=2048, every=25, reweight=0.3),
+        "point_features": features,
+        "seed": seed,
+    }
     makers: dict[str, Callable[[], DiffusionSampler]] = {
+        "as": lambda: AdjointSampling(standard, **matched),
+        "asbs": lambda: ASBS(standard, scale=1.0, sigma_max=1.5, **matched),
         "pis": lambda: PIS(standard, scale=1.5, point_features=features, seed=seed),
         "dds": lambda: DDS(standard, scale=1.5, point_features=features, seed=seed),
         "dis": lambda: DIS(

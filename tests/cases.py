@@ -16,9 +16,12 @@ from diffsampler.methods.dis import DISProcess
 from diffsampler.methods.gbs import GBSProcess
 from diffsampler.methods.gfn import GFNProcess
 from diffsampler.methods.pis import PISProcess
+from diffsampler.methods.reference_process import GaussianStart, ReferenceProcess
 from diffsampler.methods.underdamped import UnderdampedProcess
 from diffsampler.priors import MixturePrior
 from diffsampler.process import Process
+from diffsampler.reference import Reference, edm, geometric
+from diffsampler.reference import variance_preserving as preserving_reference
 from diffsampler.schedule import cosine_preserving, variance_exploding, variance_preserving
 from diffsampler.space import MeanFree, Space, Torus
 from diffsampler.target import Target
@@ -89,6 +92,12 @@ def dis(space: Space, num_steps: int, *, exploding: bool, learn_variance: bool) 
     return DISProcess(space, schedule, scale=1.3, learn_variance=learn_variance, width=16)
 
 
+def controlled(space: Space, reference: Reference, *, start: float | None = None) -> ReferenceProcess:
+    """A controlled reference chain from a point, or from a Gaussian of a given scale."""
+    law = None if start is None else GaussianStart(space, scale=start)
+    return ReferenceProcess(space, reference, start=law, width=16)
+
+
 MAKERS: dict[str, Callable[[Space, int], Process]] = {
     "pis": lambda space, k: PISProcess(space, k, scale=1.6, width=16),
     "gfn": lambda space, k: GFNProcess(space, k, scale=1.6, learn_variance=True, flow=False, width=16),
@@ -110,6 +119,11 @@ MAKERS: dict[str, Callable[[Space, int], Process]] = {
     "ucmcd_local": lambda space, k: underdamped(space, k, local_mass=True, learn_steps=False),
     "ldvi": lambda space, k: underdamped(space, k, forward_control=False, prior=two_centres(space)),
     "uha": lambda space, k: underdamped(space, k, forward_control=False, backward_control=False),
+    "as": lambda space, k: controlled(space, geometric(k, sigma_min=0.1, sigma_max=1.6)),
+    "asbs": lambda space, k: controlled(space, edm(k, sigma_min=0.1, sigma_max=2.5), start=1.2),
+    "asbs_preserving": lambda space, k: controlled(
+        space, preserving_reference(k, beta_start=4.0, scale=1.3), start=1.3
+    ),
 }
 TORUS = (
     "cmcd",
@@ -119,6 +133,7 @@ TORUS = (
     "ucmcd",
     "ucmcd_local",
     "uha",
+    "as",
     "dis_exploding",
     "dis_exploding_fixed",
 )
@@ -128,6 +143,8 @@ EUCLIDEAN: dict[str, Callable[[], Target]] = {"gaussian": gaussian, "mixture": m
 
 def torus_process(name: str, num_steps: int) -> Process:
     """The methods that have a torus: scale 1, and noise wide enough to forget the start."""
+    if name == "as":
+        return controlled(Torus(2), geometric(num_steps, sigma_min=0.3, sigma_max=3.0))
     if not name.startswith("dis"):
         return MAKERS[name](Torus(2), num_steps)
     schedule = variance_exploding(num_steps, noise_min=0.3, noise_max=4.0)

@@ -185,11 +185,11 @@ def _laplacian(n: int, bonds: Tensor) -> Tensor:
     return laplacian
 
 
-def default_control(space: Space, *, generator: torch.Generator, width: int = 64) -> nn.Module:
+def default_control(space: Space, *, generator: torch.Generator, width: int = 64, point_features: int = 0) -> nn.Module:
     """A network on points that assumes no symmetry but the period of angles."""
     if isinstance(space, Torus):
         return PeriodicMLP(space.dim, generator=generator, width=width)
-    return FourierMLP(space.dim, space.dim, generator=generator, width=width)
+    return FourierMLP(space.dim, space.dim, generator=generator, width=width, point_features=point_features)
 
 
 @final
@@ -208,6 +208,7 @@ class ReferenceProcess(Process):
         learn_variance: Whether the variance of each step has a learned factor.
         resolution: Smallest length that matters, in units of the reference's end point: it bounds the gains.
         width: Width of default networks.
+        point_features: Random Fourier features of the point in them.
         seed: Seed of their initial parameters.
     """
 
@@ -236,6 +237,7 @@ class ReferenceProcess(Process):
         learn_variance: bool = True,
         resolution: float = 0.03,
         width: int = 64,
+        point_features: int = 0,
         seed: int = 0,
     ) -> None:
         start = PointStart(space) if start is None else start
@@ -255,13 +257,19 @@ class ReferenceProcess(Process):
         self.start = start
         self._tables(reference, resolution)
         generator = torch.Generator().manual_seed(seed)
-        self.control = default_control(space, generator=generator, width=width) if control is None else control
+        self.control = (
+            default_control(space, generator=generator, width=width, point_features=point_features)
+            if control is None
+            else control
+        )
         self.log_variance = nn.Parameter(torch.zeros(self.num_steps, 1), requires_grad=learn_variance)
         self.corrector_control: nn.Module | None = None
         self.back_log_variance: nn.Parameter | None = None
         if not fixed:
             self.corrector_control = (
-                default_control(space, generator=generator, width=width) if corrector is None else corrector
+                default_control(space, generator=generator, width=width, point_features=point_features)
+                if corrector is None
+                else corrector
             )
             self.back_log_variance = nn.Parameter(torch.zeros(self.num_steps, 1), requires_grad=learn_variance)
 
