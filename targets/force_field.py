@@ -24,9 +24,11 @@ from diffsampler.targets.molecular_system import ImplicitSolvent, MolecularSyste
 __all__ = ["ForceField"]
 
 CHUNK = 256
-"""Configurations of a small molecule that are evaluated at once: their intermediate results stay in the cache."""
+"""Configurations of a small molecule that a processor evaluates at once: intermediate results stay in its cache."""
 CHUNK_NUMBERS = 200_000
 """Numbers of an intermediate result above which chunks become smaller."""
+DEVICE_FACTOR = 64
+"""How much larger both are on other devices, which are slow on small tensors."""
 
 
 class _Terms(NamedTuple):
@@ -112,7 +114,7 @@ class ForceField(nn.Module):
         self._check(x)
         flat = x.reshape(-1, *x.shape[-2:])
         terms = self._terms_for(x)
-        parts = [_energy(part.permute(2, 1, 0).contiguous(), terms) for part in flat.split(self._chunk())]
+        parts = [_energy(part.permute(2, 1, 0).contiguous(), terms) for part in flat.split(self._chunk(x))]
         return torch.cat(parts).reshape(x.shape[:-2]) if parts else flat.new_zeros(x.shape[:-2])
 
     @torch.no_grad()
@@ -122,7 +124,7 @@ class ForceField(nn.Module):
         flat = x.reshape(-1, *x.shape[-2:])
         terms = self._terms_for(x)
         energy, gradient = flat.new_empty(len(flat)), torch.empty_like(flat)
-        chunk = self._chunk()
+        chunk = self._chunk(x)
         for start in range(0, len(flat), chunk):
             part = flat[start : start + chunk].permute(2, 1, 0).contiguous()
             value, slope = self._evaluate_chunk(part, terms, chunk)
@@ -150,8 +152,9 @@ class ForceField(nn.Module):
             energy, gradient = _energy_and_gradient(part, terms)
         return energy[:count], gradient[..., :count]
 
-    def _chunk(self) -> int:
-        return max(min(CHUNK, CHUNK_NUMBERS // max(self._num_pairs, 1)), 16)
+    def _chunk(self, x: Tensor) -> int:
+        factor = 1 if x.device.type == "cpu" else DEVICE_FACTOR
+        return factor * max(min(CHUNK, CHUNK_NUMBERS // max(self._num_pairs, 1)), 16)
 
     def _check(self, x: Tensor) -> None:
         if x.ndim < 2 or tuple(x.shape[-2:]) != (self.system.num_atoms, 3):
