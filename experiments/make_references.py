@@ -1,8 +1,9 @@
 """Equilibrium references of particle systems, with evidence that they are equilibrium.
 
 Hamiltonian chains start on two sides, from the lowest minimum known and from a hot gas. A reference is trusted where
-both sides agree: means within four joint standard errors, and a split R-hat over all chains below 1.05. Four particles
-in double wells have exact draws and exact moments besides, against which the chains are judged as well.
+both sides agree: means within four joint standard errors, and a split R-hat over all chains below 1.05. Normalizing
+constants come from paths annealed in both directions. Four particles in double wells have exact draws and exact moments
+besides, against which the chains are judged as well.
 
     python experiments/make_references.py                       # all cases
     python experiments/make_references.py lj13                  # one case
@@ -33,8 +34,12 @@ from torch import Tensor
 from diffsampler import baselines, metrics, plotting_particles, targets
 from diffsampler._report import number, table, versions, write_json
 from diffsampler.baselines.chains import Running
+from diffsampler.baselines.smc import tempered_path
 from diffsampler.baselines.warmup import Adapted
+from diffsampler.evidence import annealed_bounds
 from diffsampler.kernel import KernelParams
+from diffsampler.kernels import HMC
+from diffsampler.smc import smc
 from diffsampler.target import Target
 from diffsampler.targets.double_well_particles import exact_pair_law
 
@@ -42,6 +47,8 @@ SIDES = {"ordered": ordered, "disordered": disordered}
 AGREE = 4.0
 """Joint standard errors by which two sides may differ: chance does that to one mean in 16,000."""
 MIXED = 1.05
+MOVES = 16
+"""Transitions at each temperature of an annealed path."""
 FLOOR_SIZE = 2000
 FLOOR_REPEATS = 5
 
@@ -65,11 +72,15 @@ class Case:
     """Blocks at the beginning that only equilibrate."""
     aligned: int = 0
     """Configurations on each side for the floor of the aligned distance; none by default."""
+    paths: int = 0
+    """Annealed paths in each direction for the normalizing constant; none by default."""
+    scale: float = 1.0
+    """Standard deviation of the Gaussian that these paths begin at; one is the trap of the clusters."""
 
 
 CASES = {
-    "dw4": Case(4, dimensions=2, chains=64, thin=50, draws=20, blocks=12, aligned=2000),
-    "lj13": Case(13, aligned=2000),
+    "dw4": Case(4, dimensions=2, chains=64, thin=50, draws=20, blocks=12, aligned=2000, paths=1024, scale=2.6),
+    "lj13": Case(13, aligned=2000, paths=512),
     "lj55": Case(55, chains=128, thin=20, draws=10, blocks=16, discard=6, aligned=400),
 }
 
@@ -204,6 +215,37 @@ def floors(case: Case, target: Target, x: Tensor, generator: torch.Generator) ->
     return {name: [row[name] for row in rows if name in row] for name in rows[0]}
 
 
+def log_normalizer(case: Case, target: Target, x: Tensor, generator: torch.Generator) -> dict[str, Any]:
+    """Bennett's estimate from annealed paths in both directions, from a Gaussian and from draws of the reference.
+
+    The forward bound alone says little: steps at vanishing temperature meet overlapping particles, whose energies have
+    no mean. A single population that anneals is reported beside it.
+    """
+    path = tempered_path(target, reference=None, reference_scale=case.scale)
+    kernel = HMC(target.space, num_steps=8)
+    adapted = smc(
+        path, n=1024, generator=generator, num_islands=8, kernel=kernel, conditional_ess=0.95, num_moves=MOVES
+    )
+    chosen = adapted.schedule
+    found = annealed_bounds(
+        path,
+        x[torch.randperm(len(x), generator=generator)[: case.paths]],
+        betas=chosen.betas,
+        kernel=kernel,
+        params=[KernelParams(s.new_tensor(e), s) for e, s in zip(chosen.step_sizes, chosen.scales, strict=True)],
+        generator=generator,
+        num_moves=MOVES,
+    )
+    alone = adapted.particles.log_normalizer
+    return {
+        "temperatures": len(chosen.betas),
+        "bennett": [found.estimate.value, found.estimate.std_error],
+        "upper_bound": [found.upper.value, found.upper.std_error],
+        "smc": [alone.value, alone.std_error],
+        "exact": target.log_normalizer,
+    }
+
+
 def exact_moments() -> dict[str, float]:
     """Exact energy, pair distance and share of short pairs of four particles in double wells."""
     law = exact_pair_law(spacing=0.05)
@@ -237,6 +279,8 @@ def reference(name: str, case: Case, seed: int, out: Path, compare: dict[str, Pa
     result["heat_capacity"] = float(energy.var())
     counts = metrics.radial_distribution(pooled, n=case.particles, bins=100)
     result["pair_distances"] = {"distance": counts.distance.tolist(), "density": counts.density.tolist()}
+    if case.paths:
+        result["log_normalizer"] = log_normalizer(case, target, pooled, generator)
     result["floors"] = floors(case, target, pooled, generator)
     shown: dict[str, Tensor] = {
         side: torch.cat(blocks[side][case.discard :], 1).flatten(0, 1).double() for side in SIDES
@@ -289,6 +333,10 @@ def report(name: str, result: dict[str, Any]) -> None:
         cells = [*(number(value, ".4f") for value in means), number(row["z"], "+.1f"), number(row["rhat"], ".4f")]
         rows.append((key, *cells, number(pooled["ess"], ".0f"), number(result.get("exact", {}).get(key), ".5f")))
     print(table(header, rows))
+    if "log_normalizer" in result:
+        row = result["log_normalizer"]
+        pairs = ", ".join(f"{key} {row[key][0]:.3f} +- {row[key][1]:.3f}" for key in ("bennett", "smc", "upper_bound"))
+        print(f"  log Z: {pairs}, exact {number(row['exact'], '.6f')}")
     for key, values in result["floors"].items():
         print(f"  floor of {key}: {np.mean(values):.4f} (sd {np.std(values):.4f}, {len(values)} repeats)")
     for key, value in result.get("compared", {}).get("distances", {}).items():

@@ -115,3 +115,14 @@ def test_sides_that_have_not_met_are_reported(script):
     assert not script.two_sided(case, target, shifted)["agreed"]
     stuck = {"ordered": list(x[0]), "disordered": [block[:, :1].expand(-1, 20, -1) for block in x[1]]}
     assert not script.two_sided(case, target, stuck)["agreed"]
+
+
+@pytest.mark.slow
+def test_normalizer_from_both_directions_is_the_exact_one(script):
+    """Four standard errors: false alarm 6e-5. An error of one nat, the negative control, would be seen."""
+    case, target = script.Case(4, dimensions=2, paths=512, scale=2.6), targets.DoubleWell4()
+    row = script.log_normalizer(case, target, target.sample(512, generator=seeded()), seeded())
+    value, error = row["bennett"]
+    assert error < 0.1 and value == pytest.approx(29.667232, abs=4 * error)
+    assert row["upper_bound"][0] > 29.667232 - 4 * row["upper_bound"][1]
+    assert value != pytest.approx(28.667232, abs=4 * error)
