@@ -1,0 +1,349 @@
+"""Adjoint sampling on particle systems: four double-well particles and Lennard-Jones clusters of 13 and 55.
+
+    python experiments/boltzmann.py dw4                         # one seed, the setting for a CPU
+    python experiments/boltzmann.py lj13 --seed 1 --seconds 1800
+    python experiments/boltzmann.py lj55 --setting published --device cuda
+
+A run that was interrupted, or ended by ``--seconds``, goes on after its last checkpoint; finished ones are only printed.
+Figures of merit go to ``<out>/<case>-<setting>-<seed>.json``: distances between 2,000 draws and a reference, for draws
+as they come and for draws resampled by their exact weights; log Z, its lower bound and the effective sample size; and
+the floor, the distance of two sets of the reference. References of the clusters are made by ``make_references.py``.
+
+The published settings are those of the adjoint Schroedinger bridge sampler (https://arxiv.org/abs/2506.22565), except
+that the learning rate falls and parameters are averaged as everywhere in this library. They are meant for a GPU. The
+settings for a CPU start at a point, match the divergence of paths, and reweight end points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffsampler import estimators, metrics, targets
+from diffsampler._report import number, table, versions, write_json
+from diffsampler.equivariant import EquivariantGraphNetwork
+from diffsampler.methods.matching import Matching, PathDivergence, Stages
+from diffsampler.methods.reference_process import GaussianStart, ReferenceProcess
+from diffsampler.particles import Particles
+from diffsampler.reference import geometric
+from diffsampler.sampler import DiffusionSampler
+from diffsampler.target import Target
+
+DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a system is sampled."""
+
+    particles: int
+    dimensions: int
+    num_steps: int
+    sigma_min: float
+    sigma_max: float
+    start_scale: float | None = None
+    """Standard deviation of the start law; None starts at a point."""
+    left_endpoint: bool = False
+    learn_variance: bool = True
+    resolution: float = 0.03
+    width: int = 48
+    depth: int = 4
+    radial: int = 16
+    reach: float = 8.0
+    """Largest distance that the radial functions resolve."""
+    attention: bool = False
+    steps: int = 12_000
+    batch_size: int = 512
+    learning_rate: float = 2e-3
+    fresh: int = 512
+    every: int = 100
+    capacity: int = 8000
+    clip: float = 100.0
+    power: float = 1.0
+    reweight: float | None = 0.3
+    stages: Stages | None = None
+    core: float | None = None
+    """Continuation of the pair energy in training; draws and weights are those of the exact energy."""
+
+
+PUBLISHED = Setting(
+    4,
+    2,
+    num_steps=199,
+    sigma_min=1e-3,
+    sigma_max=1.0,
+    start_scale=1.633,
+    left_endpoint=True,
+    learn_variance=False,
+    width=128,
+    depth=5,
+    attention=True,
+    steps=500_000,
+    learning_rate=1e-4,
+    capacity=10_000,
+    power=0.0,
+    reweight=None,
+    stages=Stages(20_000, 2_000),
+)
+SETTINGS = {
+    "dw4": {
+        "cpu": Setting(4, 2, num_steps=200, sigma_min=0.07, sigma_max=2.0),
+        "published": PUBLISHED,
+    },
+    "lj13": {
+        "cpu": Setting(
+            13,
+            3,
+            num_steps=100,
+            sigma_min=0.03,
+            sigma_max=1.0,
+            reach=4.0,
+            radial=24,
+            batch_size=128,
+            fresh=128,
+            every=25,
+            steps=20_000,
+            clip=50.0,
+        ),
+        "published": replace(
+            PUBLISHED, particles=13, dimensions=3, num_steps=999, reach=5.0, stages=Stages(30_000, 2_000)
+        ),
+    },
+    "lj55": {
+        "cpu": Setting(
+            55,
+            3,
+            num_steps=60,
+            sigma_min=0.03,
+            sigma_max=1.5,
+            reach=6.0,
+            radial=24,
+            width=32,
+            depth=3,
+            batch_size=16,
+            fresh=32,
+            every=25,
+            steps=4000,
+            clip=50.0,
+        ),
+        "published": replace(
+            PUBLISHED,
+            particles=55,
+            dimensions=3,
+            num_steps=999,
+            sigma_max=2.0,
+            start_scale=0.816,
+            reach=7.0,
+            batch_size=200,
+            fresh=200,
+            stages=Stages(30_000, 2_000),
+        ),
+    },
+}
+
+
+def build_target(setting: Setting, *, core: float | None = None) -> Target:
+    """The density of a setting; with ``core`` the one that is trained on."""
+    if setting.dimensions == 2:
+        return targets.DoubleWell4()
+    return targets.LennardJones(setting.particles, core=core)
+
+
+def build(setting: Setting, target: Target, seed: int) -> DiffusionSampler:
+    """The sampler of a setting, untrained."""
+    generator = torch.Generator().manual_seed(seed)
+    networks = [
+        EquivariantGraphNetwork(
+            setting.particles,
+            setting.dimensions,
+            generator=generator,
+            width=setting.width,
+            depth=setting.depth,
+            radial=setting.radial,
+            reach=setting.reach,
+            attention=setting.attention,
+        )
+        for _ in range(1 if setting.start_scale is None else 2)
+    ]
+    reference = geometric(
+        setting.num_steps,
+        sigma_min=setting.sigma_min,
+        sigma_max=setting.sigma_max,
+        left_endpoint=setting.left_endpoint,
+    )
+    start = None if setting.start_scale is None else GaussianStart(target.space, scale=setting.start_scale)
+    process = ReferenceProcess(
+        target.space,
+        reference,
+        start=start,
+        control=networks[0],
+        corrector=networks[-1],
+        learn_variance=setting.learn_variance,
+        resolution=setting.resolution,
+    )
+    lesson = Matching(
+        fresh=setting.fresh,
+        every=setting.every,
+        capacity=setting.capacity,
+        clip=setting.clip,
+        power=setting.power,
+        stages=setting.stages,
+        reweight=setting.reweight,
+    )
+    return DiffusionSampler(target, process, PathDivergence(), lesson=lesson)
+
+
+def measures(setting: Setting, target: Target, x: Tensor, reference: Tensor) -> dict[str, float]:
+    """Distances between two equally large sets of configurations."""
+    n, d = setting.particles, setting.dimensions
+    exact = d == 2
+    alignment = metrics.ExactAlignment(n=n, d=d) if exact else metrics.AlternatingAlignment(n=n, d=d)
+    # One assignment per pair of configurations: 2,000 against 2,000 of 55 particles would take minutes.
+    few = DRAWS if n < 20 else 400
+    name = f"aligned W2 ({'exact' if exact else 'one Hungarian and Kabsch round'}, {min(few, len(x))})"
+    energy = target.energy(x)
+    return {
+        "energy W2": metrics.wasserstein_line(energy, target.energy(reference)),
+        "energy mean": float(energy.mean()),
+        "energy median": float(energy.median()),
+        "pair distance W2": metrics.pair_wasserstein(x, reference, n=n),
+        "pair distance TV": metrics.pair_total_variation(x, reference, n=n),
+        name: metrics.aligned_wasserstein(x[:few], reference[:few], alignment),
+    }
+
+
+def load_reference(case: str, setting: Setting, target: Target, folder: Path, count: int) -> Tensor:
+    """Independent draws ``(count, D)`` of the truth."""
+    generator = torch.Generator().manual_seed(1_000_000)
+    if target.has_sampler:
+        return target.sample(count, generator=generator)
+    path = folder / f"{case}.npy"
+    if not path.exists():
+        raise SystemExit(
+            f"Expected reference draws in {path}. Make them with: python experiments/make_references.py {case}"
+        )
+    x = torch.from_numpy(np.load(path)).double()
+    if len(x) < count:
+        raise SystemExit(f"Expected at least {count} reference draws in {path}; got {len(x)}.")
+    return target.space.project(x[torch.randperm(len(x), generator=generator)[:count]])
+
+
+def judge(case: str, setting: Setting, target: Target, particles: Particles, folder: Path) -> dict[str, Any]:
+    """Everything that is reported of ``DRAWS`` weighted particles."""
+    count = min(len(particles), DRAWS)
+    reference = load_reference(case, setting, target, folder, 2 * count)
+    x, log_weight = particles.x.double().cpu()[:count], particles.log_weight.cpu()
+    index = estimators.systematic_resample(log_weight, count, generator=torch.Generator().manual_seed(1))
+    estimate = particles.log_normalizer
+    return {
+        "drawn": measures(setting, target, x, reference[:count]),
+        "resampled": measures(setting, target, particles.x.double().cpu()[index], reference[:count]),
+        "floor": measures(setting, target, reference[count:], reference[:count]),
+        "log normalizer": [estimate.value, estimate.std_error],
+        "exact log normalizer": target.log_normalizer,
+        "elbo": float(log_weight.mean()),
+        "ess fraction": particles.ess / len(particles),
+        "pareto k": particles.pareto_k,
+        "nonfinite": particles.nonfinite,
+    }
+
+
+def run(case: str, kind: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Train and judge; None if ``--seconds`` ended training before its last step."""
+    setting = SETTINGS[case][kind]
+    if arguments.steps is not None:
+        setting = replace(setting, steps=arguments.steps)
+    name = f"{case}-{kind}-{seed}"
+    sampler = build(setting, build_target(setting, core=setting.core), seed).to(device=arguments.device)
+    began, before = time.monotonic(), time.process_time()
+
+    class Paused(Exception):
+        pass
+
+    def watch(entry: dict[str, float]) -> None:
+        if entry["step"] % 500 == 0:
+            shown = {key: round(entry[key], 3) for key in ("step", "seconds", "loss", "elbo", "ess") if key in entry}
+            print(f"{name}: {shown}", flush=True)
+        if arguments.seconds is not None and time.monotonic() - began > arguments.seconds:
+            raise Paused
+
+    folder = arguments.out / "checkpoints" / name
+    try:
+        sampler.fit(
+            steps=setting.steps,
+            batch_size=setting.batch_size,
+            learning_rate=setting.learning_rate,
+            seed=seed,
+            checkpoint=folder,
+            checkpoint_every=500,
+            resume=True,
+            callback=watch,
+        )
+    except Paused:
+        print(f"{name}: paused; the same command goes on after the last checkpoint.")
+        return None
+    trained = {"wall": sampler.history[-1]["seconds"], "cpu of this process": time.process_time() - before}
+    target = build_target(setting)
+    final = DiffusionSampler(target, sampler.process, PathDivergence())
+    particles = final.sample(DRAWS, seed=seed + 1000)
+    result = {
+        "versions": versions(),
+        "settings": asdict(setting),
+        "seed": seed,
+        "seconds of training": trained,
+        "training energies": sampler.evaluations,
+        **judge(case, setting, target, particles, arguments.references),
+        "history": sampler.history[:: max(1, len(sampler.history) // 100)],
+    }
+    write_json(arguments.out / f"{name}.json", result)
+    return result
+
+
+def report(name: str, result: dict[str, Any]) -> None:
+    """Print what a run found."""
+    sides = ("drawn", "resampled", "floor")
+    rows = [(key, *(number(result[side].get(key), ".4f") for side in sides)) for key in result["drawn"]]
+    print(name)
+    print(table(("", *sides), rows))
+    value, error = result["log normalizer"]
+    exact = result["exact log normalizer"]
+    print(
+        f"  log Z {value:.4f} +- {error:.4f} (exact {number(exact, '.6f')}), lower bound {result['elbo']:.4f}, "
+        f"ESS {result['ess fraction']:.3f}, k-hat {number(result['pareto k'], '.2f')}, "
+        f"{result['seconds of training']['wall']:.0f} s of training"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=list(SETTINGS))
+    parser.add_argument("--setting", choices=["cpu", "published"], default="cpu")
+    parser.add_argument("--seed", type=int, default=1, help="settings were tuned on seed 0")
+    parser.add_argument("--steps", type=int, help="another number of steps")
+    parser.add_argument("--seconds", type=float, help="pause training after this time")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("results/boltzmann"))
+    parser.add_argument("--references", type=Path, default=Path("results/references/draws"))
+    arguments = parser.parse_args()
+    name = f"{arguments.case}-{arguments.setting}-{arguments.seed}"
+    path = arguments.out / f"{name}.json"
+    result = json.loads(path.read_text()) if path.exists() else None
+    steps = SETTINGS[arguments.case][arguments.setting].steps if arguments.steps is None else arguments.steps
+    if result is not None and result["settings"]["steps"] != steps:
+        raise SystemExit(f"{path} holds a run with other settings; remove it or choose another --out.")
+    if result is None:
+        result = run(arguments.case, arguments.setting, arguments.seed, arguments)
+    if result is not None:
+        report(name, result)
+
+
+if __name__ == "__main__":
+    main()
