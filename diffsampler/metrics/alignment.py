@@ -89,7 +89,9 @@ class AlternatingAlignment(Alignment):
 
     Starting from the given frame, each round solves an assignment (Hungarian algorithm) and then a Kabsch problem; the
     overlap never decreases. The result is an *upper bound* of the true distance. One round from the given frame is the
-    approximation behind the published figures; further starts from random frames tighten it.
+    approximation behind the published figures; further starts from random frames tighten it. It is not free of the
+    frame: two sets of 2,000 exact samples of 13 Lennard-Jones particles are 1.57 apart in random frames, and 1.45 if
+    both are cut from one published file, whose chains kept the frame that they started in.
 
     Cost: one assignment per pair of configurations, start and round: 10 microseconds for 13 particles and 100 for 55,
     so 2,000 against 2,000 configurations take one minute and seven.
