@@ -34,6 +34,7 @@ from diffsampler.tempering import TemperedPath
 RADIUS = 4.0
 MODES = {2: 10, 5: 6, 10: 4, 20: 4}
 PARTICLES = 512
+LEVELS = 20
 # Conditional ESS that brings random-walk SMC to the ensemble's number of evaluations, found by hand.
 CONDITIONAL_ESS = {2: 0.95, 5: 0.95, 10: 0.9, 20: 0.75}
 
@@ -66,7 +67,7 @@ def mixture_cell(dim: int, seed: int) -> dict[str, object]:
     target, generator = mixture(dim, seed), torch.Generator().manual_seed(seed + 100)
     cell: dict[str, object] = {"floor": quality(target, target.sample(PARTICLES, generator=generator), generator)}
     began = time.process_time()
-    sampler = EnsembleScore(target, radius=RADIUS, num_particles=PARTICLES)
+    sampler = EnsembleScore(target, radius=RADIUS, num_particles=PARTICLES, num_levels=LEVELS)
     result = sampler.run(1, seed=seed)
     x = result.particles.x.reshape(-1, PARTICLES, dim)
     members = [quality(target, part, generator) for part in x]

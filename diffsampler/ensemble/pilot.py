@@ -22,7 +22,9 @@ FINEST = 0.05
 DESCENT = 0.7
 """Ratio of the pilot's noise levels."""
 PILOT_LEVELS = 40
-PILOT_PARTICLES = 256
+PILOT_PARTICLES = 512
+PILOT_POINTS = 2
+"""Multiple of a run's evaluations per member: a mode that the pilot loses lies outside of the frame, for good."""
 SEARCH_POINTS = 512
 
 
@@ -45,7 +47,8 @@ def make_plan(target: Target, recipe: Recipe, *, radius: float | None, generator
         ValueError: If the density is finite hardly anywhere, or the search does not settle.
     """
     begin = _begin(target, radius=radius, generator=generator)
-    small = replace(recipe, num_particles=min(recipe.num_particles, PILOT_PARTICLES))
+    size = min(recipe.num_particles, PILOT_PARTICLES)
+    small = replace(recipe, num_particles=size, num_points=PILOT_POINTS * recipe.num_points)
     sigmas = [SIGMA_MAX * DESCENT**k for k in range(PILOT_LEVELS)]
 
     def fine(report: LevelReport) -> bool:
