@@ -158,6 +158,7 @@ def draw(groups: dict[str, dict[str, list[Row]]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     columns = min(5, len(groups))
     blocks = math.ceil(len(groups) / columns)
@@ -183,6 +184,8 @@ def draw(groups: dict[str, dict[str, list[Row]]], path: Path) -> None:
                     curve = row["curve"]
                     (handles[sampler],) = axis.plot([p[key] for p in curve], [worst(p) for p in curve], **style)
             axis.set(xscale="log", yscale="log", xlabel=label, ylim=(3e-3, 5.0))
+            # Less than a decade would be labelled at every step, one label over the other.
+            axis.xaxis.set_minor_formatter(NullFormatter())
             if offset == 0:
                 axis.set_title(target)
             if column == 0:
