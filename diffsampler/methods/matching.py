@@ -297,7 +297,9 @@ class Matching(Lesson):
             self.moments = products.mean(-1, keepdim=True).repeat(1, process.num_steps)
         count = torch.zeros_like(self.moments[0]).index_add(0, k[aside:], torch.ones_like(products[0]))
         total = torch.zeros_like(self.moments).index_add(1, k[aside:], products)
-        self.moments = torch.lerp(self.moments, total / count.clamp_min(1.0), 1.0 - MEMORY**count)
+        moments = torch.lerp(self.moments, total / count.clamp_min(1.0), 1.0 - MEMORY**count)
+        # A step that is lost to numbers out of range must not be remembered.
+        self.moments = torch.where(moments.isfinite(), moments, self.moments)
         of_a, of_b, both = self.moments
         return ((of_a - both) / (of_a + of_b - 2.0 * both)).clamp(0.0, 1.0)[k]
 
