@@ -17,6 +17,7 @@ from diffsampler.baselines.parallel_tempering import ParallelTempering
 from diffsampler.baselines.smc import SMC, WasteFreeSMC
 
 if TYPE_CHECKING:
+    from diffsampler.baselines.numpyro_nuts import NumPyroNUTS
     from diffsampler.baselines.pyro_nuts import PyroNUTS
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "ChEES",
     "Chains",
     "IndependenceSampler",
+    "NumPyroNUTS",
     "ParallelTempering",
     "PyroNUTS",
     "WasteFreeSMC",
@@ -43,4 +45,8 @@ def __getattr__(name: str) -> Any:
         from diffsampler.baselines.pyro_nuts import PyroNUTS
 
         return PyroNUTS
+    if name == "NumPyroNUTS":
+        from diffsampler.baselines.numpyro_nuts import NumPyroNUTS
+
+        return NumPyroNUTS
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
