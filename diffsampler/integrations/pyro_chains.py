@@ -157,8 +157,8 @@ class BatchedNUTSKernel(_ChainsKernel):
         The No-U-Turn Sampler (Hoffman & Gelman, 2014), https://arxiv.org/abs/1111.4246
     """
 
-    def __init__(self, model: Callable[..., Any], *, max_depth: int = 10, **options: Any) -> None:
-        super().__init__(model, **options)
+    def __init__(self, model: Callable[..., Any], *, max_depth: int = 10, thin: int = 1, **options: Any) -> None:
+        super().__init__(model, thin=thin, **options)
         self.max_depth = max_depth
 
     def make(self, options: ChainOptions) -> ChainSampler:
