@@ -110,12 +110,14 @@ class ChEESKernel(_ChainsKernel):
     The kernel to use instead of Pyro's ``NUTS`` for unimodal posteriors; 16 chains at least. It fails where one length
     cannot suit all places (funnels; ``inner_r_hat`` tells) and does not travel between separated modes.
 
-    Takes the arguments of :class:`BatchedNUTSKernel` except ``max_depth``, and:
+    Takes the arguments of :class:`BatchedNUTSKernel` except ``max_depth``, makes four transitions for each draw unless
+    told otherwise, and takes:
 
     Arguments:
         max_steps: Largest number of leapfrog steps of a transition.
 
     Example:
+        >>> import torch
         >>> from pyro.infer import MCMC
         >>> from diffsampler.integrations.examples import EFFECTS, ERRORS, eight_schools_noncentered
         >>> mcmc = MCMC(ChEESKernel(eight_schools_noncentered), 64, warmup_steps=4, disable_progbar=True)

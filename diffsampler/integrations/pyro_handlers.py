@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from pyro import distributions as dist
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -14,7 +15,7 @@ from diffsampler.integrations.pyro_enumeration import Factor, is_enumerated, mar
 from diffsampler.integrations.pyro_laws import draw_discrete, draw_law, first_discrete
 from diffsampler.integrations.pyro_supports import bijection
 
-__all__ = ["Complete", "Draw", "Latent", "Site", "Substitute", "changed"]
+__all__ = ["Complete", "Draw", "Latent", "Site", "Substitute", "changed", "is_deterministic"]
 
 
 class Site(NamedTuple):
@@ -108,7 +109,7 @@ class Substitute(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if not msg["is_observed"]:
             return
-        if msg["infer"].get("_deterministic"):
+        if is_deterministic(msg):
             self.deterministic[msg["name"]] = msg["value"]
         elif self.likelihood:
             self.observed.append(Factor.of(msg))
@@ -196,11 +197,20 @@ class Draw(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if not site_is_subsample(msg):
             self.depth = max(self.depth, len(msg["fn"].batch_shape))
-        if msg["infer"].get("_deterministic"):
+        if is_deterministic(msg):
             self.deterministic[msg["name"]] = tuple(msg["value"].shape)
 
     def _pyro_post_param(self, msg: Any) -> None:
         msg["value"] = msg["value"].detach()
+
+
+def is_deterministic(msg: Any) -> bool:
+    """Whether a site only records a value: ``pyro.deterministic``, or what a reparametrized site has become."""
+    fn = msg["fn"]
+    if msg["infer"].get("_deterministic"):
+        return True
+    masked = isinstance(fn, dist.MaskedDistribution) and fn._mask is False
+    return bool(msg["is_observed"]) and masked and isinstance(fn.base_dist, dist.Delta)
 
 
 def _is_batched(value: Any, depth: int = 0) -> bool:

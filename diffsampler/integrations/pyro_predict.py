@@ -15,6 +15,7 @@ from diffsampler.integrations.pyro import PyroTarget
 from diffsampler.integrations.pyro_checks import seeded
 from diffsampler.integrations.pyro_density import Model, batched_random
 from diffsampler.integrations.pyro_enumeration import Factor, pointwise
+from diffsampler.integrations.pyro_handlers import is_deterministic
 from diffsampler.integrations.pyro_laws import draw_discrete, draw_law
 
 __all__ = ["log_likelihoods", "observed_data", "predict"]
@@ -37,7 +38,7 @@ class _Replicate(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         fn, name = msg["fn"], msg["name"]
-        if site_is_subsample(msg) or msg["infer"].get("_deterministic") or _is_factor(fn):
+        if site_is_subsample(msg) or is_deterministic(msg) or _is_factor(fn):
             return
         if name in self.given:
             msg["value"] = self.given[name]
@@ -51,7 +52,7 @@ class _Replicate(Messenger):
         msg["done"] = True
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["infer"].get("_deterministic"):
+        if is_deterministic(msg):
             self.deterministic[msg["name"]] = msg["value"]
 
     def _pyro_post_param(self, msg: Any) -> None:
