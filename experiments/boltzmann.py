@@ -4,7 +4,7 @@
     python experiments/boltzmann.py lj13 --seed 1 --seconds 1800
     python experiments/boltzmann.py lj55 --setting published --device cuda
 
-A run that was interrupted, or ended by ``--seconds``, goes on after its last checkpoint; finished ones are only printed.
+A run that was interrupted, or ended by ``--seconds``, goes on after its last checkpoint; finished ones are printed.
 Figures of merit go to ``<out>/<case>-<setting>-<seed>.json``: distances between 2,000 draws and a reference, for draws
 as they come and for draws resampled by their exact weights; log Z, its lower bound and the effective sample size; and
 the floor, the distance of two sets of the reference. References of the clusters are made by ``make_references.py``.
@@ -49,6 +49,8 @@ class Setting:
     num_steps: int
     sigma_min: float
     sigma_max: float
+    draw_steps: int | None = None
+    """Steps of the chain that is judged, with the same control on a finer grid; as in training by default."""
     start_scale: float | None = None
     """Standard deviation of the start law; None starts at a point."""
     left_endpoint: bool = False
@@ -95,7 +97,7 @@ PUBLISHED = Setting(
 )
 SETTINGS = {
     "dw4": {
-        "cpu": Setting(4, 2, num_steps=200, sigma_min=0.07, sigma_max=2.0),
+        "cpu": Setting(4, 2, num_steps=100, sigma_min=0.07, sigma_max=2.0, draw_steps=200, steps=8000),
         "published": PUBLISHED,
     },
     "lj13": {
@@ -201,6 +203,16 @@ def build(setting: Setting, target: Target, seed: int) -> DiffusionSampler:
     return DiffusionSampler(target, process, PathDivergence(), lesson=lesson)
 
 
+def refined(setting: Setting, target: Target, process: ReferenceProcess) -> ReferenceProcess:
+    """The chain with its control on the grid of the draws. Variances are the reference's there, for any grid."""
+    if setting.draw_steps is None:
+        return process
+    finer = build(replace(setting, num_steps=setting.draw_steps), target, 0).process
+    assert isinstance(finer, ReferenceProcess)
+    finer.control.load_state_dict(process.control.state_dict())
+    return finer
+
+
 def measures(setting: Setting, target: Target, x: Tensor, reference: Tensor) -> dict[str, float]:
     """Distances between two equally large sets of configurations."""
     n, d = setting.particles, setting.dimensions
@@ -292,7 +304,9 @@ def run(case: str, kind: str, seed: int, arguments: argparse.Namespace) -> dict[
         return None
     trained = {"wall": sampler.history[-1]["seconds"], "cpu of this process": time.process_time() - before}
     target = build_target(setting)
-    final = DiffusionSampler(target, sampler.process, PathDivergence())
+    assert isinstance(sampler.process, ReferenceProcess)
+    process = refined(setting, target, sampler.process).to(arguments.device)
+    final = DiffusionSampler(target, process, PathDivergence())
     particles = final.sample(DRAWS, seed=seed + 1000)
     result = {
         "versions": versions(),
