@@ -128,8 +128,9 @@ def line(row: Row) -> tuple[str, ...]:
         f"{shift:.3f}",
         f"{row['pareto_k']:.2f}",
         f"{row['ess']:.0f}",
-        f"{row['log_normalizer'][0]:.3f}",
-        f"{row['log_normalizer'][1]:.3f}",
+        # With a flat prior the evidence is a number without a scale.
+        f"{row['log_normalizer'][0]:.3f}" if row["prior"] else "-",
+        f"{row['log_normalizer'][1]:.3f}" if row["prior"] else "-",
         row["method"],
         f"{row['cpu']:.0f}",
         f"{row['evaluations'] / 1e6:.2f}",
