@@ -21,8 +21,8 @@ from cases import Folder
 from modes_models import MULTIMODAL, Multimodal, shares
 
 import diffsampler as ds
+from diffsampler import baselines
 from diffsampler._report import number, table
-from diffsampler.integrations.pyro import nuts
 
 Row = dict[str, Any]
 
@@ -69,24 +69,17 @@ def run_sample(case: Multimodal, seed: int, settings: Settings) -> Row:
 
 
 def run_nuts(case: Multimodal, seed: int, settings: Settings) -> Row:
-    model = case.build()._model
+    target = case.build()
     cpu = time.process_time()
-    chains = nuts(
-        model.function,
-        model.user_args,
-        model.user_kwargs,
-        num_samples=settings.nuts_samples,
-        warmup_steps=settings.nuts_warmup,
-        num_chains=settings.nuts_chains,
-        seed=seed,
-    )
-    labels = case.label({name: value.flatten(0, 1) for name, value in chains.samples.items()})
+    sampler = baselines.PyroNUTS(target, num_chains=settings.nuts_chains, warmup_steps=settings.nuts_warmup)
+    particles = sampler.sample(settings.nuts_chains * settings.nuts_samples, seed=seed)
+    labels = case.label(target.constrain(particles.x))
     by_chain = labels.reshape(settings.nuts_chains, -1)
     each = [shares(row, torch.ones(len(row)), case.modes).tolist() for row in by_chain]
     return {
         "shares": shares(labels, torch.ones(len(labels)), case.modes).tolist(),
         "chains": each,
-        "divergences": chains.divergences,
+        "divergences": particles.divergences,
         "cpu": time.process_time() - cpu,
     }
 
