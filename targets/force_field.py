@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from diffsampler.targets import checks
-from diffsampler.targets.force_terms import PROBE, Pairs, Solvent, angles, bonds, pairs, solvent, torsions
+from diffsampler.targets.correction_maps import MapTerms, map_terms, maps
+from diffsampler.targets.force_terms import PROBE, Pairs, Solvent, angles, bonds, pairs, solvent, torsions, turn
 from diffsampler.targets.molecular_system import ImplicitSolvent, MolecularSystem
 
 __all__ = ["ForceField"]
@@ -48,19 +49,24 @@ class _Terms(NamedTuple):
     constant: Tensor
     pairs: Pairs
     solvent: Solvent | None
+    maps: MapTerms | None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> _Terms:
         plain = {k: function(v) for k, v in self._asdict().items() if isinstance(v, Tensor)}
         inner = None if self.solvent is None else Solvent(*map(function, self.solvent))
-        return _Terms(**plain, pairs=Pairs(*map(function, self.pairs)), solvent=inner)
+        tables = None if self.maps is None else MapTerms(*map(function, self.maps))
+        return _Terms(**plain, pairs=Pairs(*map(function, self.pairs)), solvent=inner, maps=tables)
+
+
+PARTS: dict[str, Any] = {"pairs": Pairs, "solvent": Solvent, "maps": MapTerms}
 
 
 def _evaluate(x: Tensor, terms: _Terms) -> tuple[Tensor, Tensor]:
     """Energies ``(B,)`` and gradients with respect to difference vectors ``(3, M, B)`` at ``x (3, n, B)``."""
     d = x.index_select(1, terms.end) - x.index_select(1, terms.start)
     b, a, t = len(terms.bond_length), len(terms.angle_value), terms.torsion_cosines.shape[1]
-    p = len(terms.pairs.charge)
-    bond, arm_a, arm_b, u, v, w, pair = d.split([b, a, a, t, t, t, p], 1)
+    p, c = len(terms.pairs.charge), 0 if terms.maps is None else 2 * len(terms.maps.offset)
+    bond, arm_a, arm_b, u, v, w, *turns, pair = d.split([b, a, a, t, t, t, c, c, c, p], 1)
     bond_energy, *bond_slopes = bonds(bond, terms.bond_length, terms.bond_constant)
     angle_energy, *angle_slopes = angles(arm_a, arm_b, terms.angle_value, terms.angle_constant)
     torsion_energy, *torsion_slopes = torsions(u, v, w, terms.torsion_cosines, terms.torsion_sines)
@@ -70,7 +76,13 @@ def _evaluate(x: Tensor, terms: _Terms) -> tuple[Tensor, Tensor]:
     if terms.solvent is not None:
         solvent_energy, solvent_rate = solvent(square, terms.solvent)
         energy, rate = energy + solvent_energy, rate + solvent_rate
-    return energy, torch.cat([*bond_slopes, *angle_slopes, *torsion_slopes, rate * pair], 1)
+    map_slopes: tuple[Tensor, ...] = ()
+    if terms.maps is not None:
+        cosine, sine, spread = turn(*turns)
+        first, second = torch.atan2(sine, cosine).chunk(2)
+        map_energy, *by_angle = maps(first, second, terms.maps)
+        energy, map_slopes = energy + map_energy, spread(torch.cat(by_angle))
+    return energy, torch.cat([*bond_slopes, *angle_slopes, *torsion_slopes, *map_slopes, rate * pair], 1)
 
 
 def _energy(x: Tensor, terms: _Terms) -> Tensor:
@@ -105,7 +117,7 @@ class ForceField(nn.Module):
         self._compiled_function: Callable[[Tensor, _Terms], tuple[Tensor, Tensor]] | None = None
         terms = _terms(system)
         self._num_pairs = len(terms.pairs.charge)
-        self._has_solvent = terms.solvent is not None
+        self._parts = [name for name in PARTS if getattr(terms, name) is not None]
         for name, value in _flat(terms).items():
             self.register_buffer(name, value)
 
@@ -162,20 +174,18 @@ class ForceField(nn.Module):
 
     def _terms_for(self, x: Tensor) -> _Terms:
         buffers = dict(self.named_buffers())
-        inner = {name: buffers[f"solvent_{name}"] for name in Solvent._fields} if self._has_solvent else None
-        terms = _Terms(
-            **{name: buffers[name] for name in _Terms._fields if name not in ("pairs", "solvent")},
-            pairs=Pairs(*(buffers[f"pair_{name}"] for name in Pairs._fields)),
-            solvent=None if inner is None else Solvent(**inner),
-        )
+        parts: dict[str, Any] = dict.fromkeys(PARTS)
+        for part in self._parts:
+            parts[part] = PARTS[part](*(buffers[f"{part}_{name}"] for name in PARTS[part]._fields))
+        terms = _Terms(**{name: buffers[name] for name in _Terms._fields if name not in PARTS} | parts)
         return terms.map(lambda v: v.to(x) if v.is_floating_point() else v.to(x.device))
 
 
 def _flat(terms: _Terms) -> dict[str, Tensor]:
     flat = {name: value for name, value in terms._asdict().items() if isinstance(value, Tensor)}
-    flat |= {f"pair_{name}": value for name, value in terms.pairs._asdict().items()}
-    if terms.solvent is not None:
-        flat |= {f"solvent_{name}": value for name, value in terms.solvent._asdict().items()}
+    for part in PARTS:
+        record = getattr(terms, part)
+        flat |= {} if record is None else {f"{part}_{name}": value for name, value in record._asdict().items()}
     return flat
 
 
@@ -185,8 +195,10 @@ def _terms(system: MolecularSystem) -> _Terms:
     first, second = torch.triu_indices(n, n, 1).unbind(0)
     quads, cosines, sines, constant = _fourier(system)
     i, j, k = system.angle_atoms.unbind(1)
-    start = torch.cat([system.bond_atoms[:, 0], j, j, quads[:, 0], quads[:, 1], quads[:, 2], first])
-    end = torch.cat([system.bond_atoms[:, 1], i, k, quads[:, 1], quads[:, 2], quads[:, 3], second])
+    pairs_of = quads.new_zeros(0, 8) if system.maps is None else system.maps.atoms
+    turns = torch.cat([pairs_of[:, :4], pairs_of[:, 4:]])
+    start = torch.cat([system.bond_atoms[:, 0], j, j, *quads[:, :3].unbind(1), *turns[:, :3].unbind(1), first])
+    end = torch.cat([system.bond_atoms[:, 1], i, k, *quads[:, 1:].unbind(1), *turns[:, 1:].unbind(1), second])
     one_hot = nn.functional.one_hot
     collect = (one_hot(end, n) - one_hot(start, n)).mT.to(torch.float64).contiguous()
     pair_terms = _pair_terms(system, first, second)
@@ -209,6 +221,7 @@ def _terms(system: MolecularSystem) -> _Terms:
         constant=constant,
         pairs=pair_terms,
         solvent=None if system.solvent is None else _solvent_terms(system.solvent, first, second),
+        maps=None if system.maps is None else map_terms(system.maps),
     )
 
 

@@ -31,12 +31,13 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Pairs", "Solvent", "angles", "bonds", "cross", "pairs", "solvent", "torsions"]
+__all__ = ["Pairs", "Solvent", "angles", "bonds", "cross", "pairs", "solvent", "torsions", "turn"]
 
 PROBE = 0.14
 """Radius of the probe of the surface term, nm."""
@@ -105,6 +106,25 @@ def angles(a: Tensor, b: Tensor, value: Tensor, constant: Tensor) -> tuple[Tenso
     return 0.5 * (slope * excess).sum(0), along_a * a - rate * b, along_b * b - rate * a
 
 
+def turn(u: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+    """Cosine and sine ``(M, B)`` of the dihedral between successive vectors ``(3, M, B)``.
+
+    The last result turns derivatives with respect to the dihedral into those with respect to the vectors.
+    """
+    m, n = cross(u, v), cross(v, w)
+    length = v.square().sum(0).sqrt()
+    x, y = (m * n).sum(0), length * (u * n).sum(0)
+    size = (x.square() + y.square()).rsqrt()
+
+    def spread(slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rate_m, rate_n = slope / m.square().sum(0), slope / n.square().sum(0)
+        inverse = 1.0 / length
+        twist = -(rate_m * (u * v).sum(0) * inverse) * m - (rate_n * (v * w).sum(0) * inverse) * n
+        return (rate_m * length) * m, twist, (rate_n * length) * n
+
+    return x * size, y * size, spread
+
+
 def torsions(u: Tensor, v: Tensor, w: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""Fourier series :math:`\sum_n a_n \cos n\phi + b_n \sin n\phi` of the dihedral between successive vectors.
 
@@ -115,11 +135,7 @@ def torsions(u: Tensor, v: Tensor, w: Tensor, cosines: Tensor, sines: Tensor) ->
         cosines: :math:`a_n` for :math:`n = 1, 2, \dots`, ``(h, M, 1)``.
         sines: :math:`b_n`, likewise, or ``(0, M, 1)`` where all are zero.
     """
-    m, n = cross(u, v), cross(v, w)
-    length = v.square().sum(0).sqrt()
-    x, y = (m * n).sum(0), length * (u * n).sum(0)
-    size = (x.square() + y.square()).rsqrt()
-    c, s = x * size, y * size
+    c, s, spread = turn(u, v, w)
     energy, slope = cosines[0] * c, -cosines[0] * s
     if len(sines):
         energy, slope = energy + sines[0] * s, slope + sines[0] * c
@@ -130,10 +146,7 @@ def torsions(u: Tensor, v: Tensor, w: Tensor, cosines: Tensor, sines: Tensor) ->
         slope = slope - (k + 1) * cosines[k] * s_n
         if len(sines):
             energy, slope = energy + sines[k] * s_n, slope + (k + 1) * sines[k] * c_n
-    rate_m, rate_n = slope / m.square().sum(0), slope / n.square().sum(0)
-    inverse = 1.0 / length
-    twist = -(rate_m * (u * v).sum(0) * inverse) * m - (rate_n * (v * w).sum(0) * inverse) * n
-    return energy.sum(0), (rate_m * length) * m, twist, (rate_n * length) * n
+    return energy.sum(0), *spread(slope)
 
 
 def pairs(square: Tensor, terms: Pairs) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsampler.targets.correction_maps import CorrectionMaps
+
 __all__ = ["ImplicitSolvent", "MolecularSystem"]
+
+WIDTHS = {"graph": 2, "bond_atoms": 2, "angle_atoms": 3, "torsion_atoms": 4, "exception_atoms": 2, "atoms": 8}
+"""Atoms that a row of each table of indices names."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class MolecularSystem:
         exception_epsilon: ``(e,)``; zero together with the charge for pairs that do not interact.
         coulomb: Coulomb constant, kJ/mol nm.
         solvent: Implicit solvent, or None for vacuum.
+        maps: Correction maps of pairs of dihedrals, or None.
         source: Where the parameters come from.
 
     Raises:
@@ -100,6 +106,7 @@ class MolecularSystem:
     exception_epsilon: Tensor
     coulomb: float
     solvent: ImplicitSolvent | None = None
+    maps: CorrectionMaps | None = None
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -156,7 +163,8 @@ class MolecularSystem:
     def from_json(text: str) -> MolecularSystem:
         """The system that :meth:`to_json` wrote."""
         entries = json.loads(text)
-        entries["solvent"] = _restored(ImplicitSolvent, entries["solvent"]) if entries["solvent"] else None
+        for name, kind in (("solvent", ImplicitSolvent), ("maps", CorrectionMaps)):
+            entries[name] = _restored(kind, entries[name]) if entries.get(name) else None
         return _restored(MolecularSystem, entries)
 
 
@@ -169,7 +177,7 @@ def _plain(record: Any) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for field in fields(record):
         value = getattr(record, field.name)
-        if isinstance(value, ImplicitSolvent):
+        if isinstance(value, ImplicitSolvent | CorrectionMaps):
             value = _plain(value)
         entries[field.name] = value.tolist() if isinstance(value, Tensor) else value
     return entries
@@ -180,10 +188,9 @@ def _restored(kind: type[Any], entries: dict[str, Any]) -> Any:
     for field in fields(kind):
         value = entries[field.name]
         if field.type == "Tensor":
-            width = {"graph": 2, "bond_atoms": 2, "angle_atoms": 3, "torsion_atoms": 4, "exception_atoms": 2}
-            integer = field.name in width or field.name == "torsion_period"
+            integer = field.name in WIDTHS or field.name in ("torsion_period", "which")
             value = torch.tensor(value, dtype=torch.int64 if integer else torch.float64)
-            if field.name in width:
-                value = value.reshape(-1, width[field.name])
+            if field.name in WIDTHS:
+                value = value.reshape(-1, WIDTHS[field.name])
         values[field.name] = tuple(value) if isinstance(value, list) else value
     return kind(**values)

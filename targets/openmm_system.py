@@ -1,9 +1,10 @@
 """Molecules from OpenMM: its systems and force fields, read once into plain tensors.
 
-Read are harmonic bonds and angles, periodic torsions (proper and improper), Lennard-Jones and Coulomb interactions with
-exceptions, and the generalized Born solvents OBC1 and OBC2: the AMBER family, GAFF and what else is written in these
-terms. Anything else (cut-offs, periodic boxes, constraints, virtual sites, CMAP and polarizable terms, other solvents)
-is refused by name, never left out.
+Read are harmonic bonds (Urey-Bradley terms included) and angles, periodic torsions (proper and improper), correction
+maps, Lennard-Jones and Coulomb interactions with exceptions, the tables of Lennard-Jones parameters by which OpenMM
+writes CHARMM's, and the generalized Born solvents OBC1 and OBC2: the families of AMBER and CHARMM, GAFF, and what else
+is written in these terms. Anything else (cut-offs, periodic boxes, constraints, virtual sites, polarizable terms, other
+solvents) is refused by name, never left out.
 
 OpenMM is imported only here, inside the functions: ``pip install diffsampler[molecules]``.
 """
@@ -17,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from diffsampler.targets.correction_maps import CorrectionMaps
 from diffsampler.targets.molecular_system import ImplicitSolvent, MolecularSystem
+from diffsampler.targets.openmm_tables import lennard_jones_tables
 
 if TYPE_CHECKING:
     import openmm
@@ -96,7 +99,7 @@ def from_openmm(
         "solvent": None,
     }
     rows: dict[str, list[tuple[Any, ...]]] = {kind: [] for kind in BONDED}
-    nonbonded = 0
+    nonbonded, tables = 0, []
     for force in system.getForces():
         kind = type(force).__name__
         if kind == "HarmonicBondForce":
@@ -110,10 +113,16 @@ def from_openmm(
             entries |= _nonbonded(force)
         elif kind in ("GBSAOBCForce", "CustomGBForce") and entries["solvent"] is None:
             entries["solvent"] = _gbsa(force) if kind == "GBSAOBCForce" else _custom_gb(force)
+        elif kind == "CMAPTorsionForce" and "maps" not in entries:
+            entries["maps"] = _maps(force)
+        elif kind in ("CustomNonbondedForce", "CustomBondForce"):
+            tables.append(force)
         elif kind != "CMMotionRemover":
-            raise ValueError(f"Expected forces of the AMBER family or one implicit solvent; got {kind}.")
+            raise ValueError(f"Expected forces of the families of AMBER and CHARMM; got {kind}.")
     if nonbonded != 1:
         raise ValueError(f"Expected one NonbondedForce; got {nonbonded}.")
+    if tables:
+        entries |= lennard_jones_tables(tables, entries)
     for kind, (width, values) in BONDED.items():
         entries |= _columns(kind, rows[kind], width, values)
     return MolecularSystem(**entries)
@@ -140,6 +149,17 @@ def _nonbonded(force: Any) -> dict[str, torch.Tensor]:
     for k, name in enumerate(NONBONDED):
         columns[f"exception_{name}"] = _reals(_number(row[2 + k]) for row in exceptions)
     return columns
+
+
+def _maps(force: Any) -> CorrectionMaps:
+    tables = [force.getMapParameters(i) for i in range(force.getNumMaps())]
+    sizes = {size for size, _ in tables}
+    if len(sizes) != 1:
+        raise ValueError(f"Expected correction maps of one size; got {sorted(sizes)}.")
+    # OpenMM lists a map with its first angle running fastest.
+    energy = torch.stack([_reals(_number(v) for v in values).reshape(size, size).mT for size, values in tables])
+    rows = [force.getTorsionParameters(i) for i in range(force.getNumTorsions())]
+    return CorrectionMaps(energy, _indices((row[1:] for row in rows), 8), torch.tensor([row[0] for row in rows]))
 
 
 def _gbsa(force: Any) -> ImplicitSolvent:
