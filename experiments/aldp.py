@@ -1,0 +1,163 @@
+"""Alanine dipeptide at 300 K without data: both basins of phi, their free-energy difference, and log Z.
+
+    python experiments/aldp.py                          # all methods at the CPU setting, then the table
+    python experiments/aldp.py smc --seeds 0 1 2
+    python experiments/aldp.py --table
+
+Samplers draw in internal coordinates from the molecule's own prior (uniform rotors). The free-energy difference
+between phi > 0 and phi < 0 comes from their weighted draws, and is compared with the reference that
+``experiments/aldp_reference.py`` left in ``results/aldp``. Every cell is one JSON file with a picture beside it, and is
+not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsampler import baselines, targets
+from diffsampler._report import versions
+from diffsampler.kernels.hmc import HMC
+from diffsampler.methods.adjoint_sampling import AdjointSampling
+from diffsampler.particles import Particles
+from diffsampler.plotting_ramachandran import free_energy_surface, ramachandran
+from diffsampler.sampler import Sampler
+
+FOLDER = Path("results/aldp")
+MODEL = "AMBER96_OBC1"
+BASIN = (0.0, 2.0 * math.pi / 3.0)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Sizes of all methods."""
+
+    particles: int = 16 * 2048
+    """Particles of SMC."""
+    systems: int = 64
+    """Systems of parallel tempering."""
+    scans: int = 1000
+    """Recorded scans of each."""
+    steps: int = 64
+    """Steps of the learned process."""
+    training: int = 3000
+    """Gradient steps of its training."""
+    batch: int = 512
+
+
+SETTINGS = {"cpu": Setting(), "large": Setting(16 * 16384, 256, 4000, 200, 100_000, 2048)}
+
+Build = Callable[[targets.AlanineDipeptideInternal, Setting], Sampler]
+
+
+def kernel(target: targets.AlanineDipeptideInternal) -> HMC:
+    return HMC(target.space, num_steps=10, smallest_step=0.15)
+
+
+METHODS: dict[str, Build] = {
+    "smc": lambda t, s: baselines.SMC(t, kernel=kernel(t), two_pass=False, dtype=torch.float32),
+    "waste_free": lambda t, s: baselines.WasteFreeSMC(t, chain_length=16, dtype=torch.float32),
+    "parallel_tempering": lambda t, s: baselines.ParallelTempering(
+        t, kernel=kernel(t), num_systems=s.systems, dtype=torch.float32
+    ),
+    "adjoint_sampling": lambda t, s: AdjointSampling(t, num_steps=s.steps, sigma_max=5.0),
+}
+DRAWS: dict[str, Callable[[Setting], int]] = {
+    "smc": lambda s: s.particles,
+    "waste_free": lambda s: s.particles,
+    "parallel_tempering": lambda s: s.systems * s.scans,
+    "adjoint_sampling": lambda s: s.particles,
+}
+
+
+def difference(particles: Particles, inside: Tensor) -> tuple[float, float, float]:
+    """Share of a set, the free energy of the set over that of its complement in kT, and the latter's error."""
+    mean, error = particles.expectation(inside.double().unsqueeze(-1))
+    share = float(mean)
+    if not 0.0 < share < 1.0:
+        return share, math.inf, math.inf
+    return share, math.log((1.0 - share) / share), float(error) / (share * (1.0 - share))
+
+
+def cell(method: str, setting: str, seed: int, path: Path) -> dict[str, Any]:
+    sizes = SETTINGS[setting]
+    target = targets.AlanineDipeptideInternal(targets.AlanineModel[MODEL], compiled=True)
+    sampler = METHODS[method](target, sizes)
+    start = time.process_time()
+    if isinstance(sampler, AdjointSampling):
+        sampler.fit(
+            steps=sizes.training, batch_size=sizes.batch, seed=seed, checkpoint=path.with_suffix(""), resume=True
+        )
+    particles = sampler.sample(DRAWS[method](sizes), seed=seed)
+    seconds = time.process_time() - start
+    angles = target.torsion_angles(particles.x.double())
+    phi = angles[:, 0]
+    value, error, _ = particles.log_normalizer
+    row: dict[str, Any] = {"method": method, "seed": seed, "setting": asdict(sizes), "versions": versions()}
+    row |= {"seconds": seconds, "evaluations": sampler.evaluations, "draws": len(phi), "ess": particles.ess}
+    row |= {"log_z": value, "log_z_error": error, "energy": float(particles.expectation(energy(target, particles))[0])}
+    row["unweighted_share"] = float((phi > 0).double().mean())
+    for name, inside in {"positive": phi > 0, "basin": (phi > BASIN[0]) & (phi < BASIN[1])}.items():
+        row[f"share_{name}"], row[f"difference_{name}"], row[f"error_{name}"] = difference(particles, inside)
+    surfaces = {method: free_energy_surface(angles, particles.log_weight)}
+    if (found := reference()) is not None:
+        surface = torch.tensor(found["surface"], dtype=torch.float64)
+        surfaces["reference"] = torch.where(surface < 0.0, math.inf, surface)
+    ramachandran(surfaces, title=f"alanine dipeptide, {MODEL}, 300 K").savefig(path.with_suffix(".png"))
+    return row
+
+
+def energy(target: targets.AlanineDipeptideInternal, particles: Particles) -> Tensor:
+    """Potential energy in kT, ``(n, 1)``."""
+    molecule = target.target
+    parts = [molecule.positions(x.double()) for x in particles.x.split(4096)]
+    return torch.cat([molecule.force_field.energy(x) for x in parts]).unsqueeze(-1) / molecule.kt
+
+
+def reference() -> dict[str, Any] | None:
+    path = FOLDER / f"{MODEL}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def table() -> None:
+    found = reference()
+    truth = found["free_energy_difference_positive"] if found else [math.nan, math.nan]
+    print(f"reference: F(phi > 0) - F(phi < 0) = {truth[0]:.3f} +- {truth[1]:.3f} kT")
+    for path in sorted(FOLDER.glob(f"{MODEL}-draws-*.json")):
+        row = json.loads(path.read_text())
+        print(
+            f"{row['method']} {path.stem.split('-')[-2]} seed {row['seed']}: {row['difference_positive']:.3f} +- "
+            f"{row['error_positive']:.3f} kT (off {row['difference_positive'] - truth[0]:+.3f}), basin "
+            f"{row['difference_basin']:.3f} +- {row['error_basin']:.3f}, log Z {row['log_z']:.3f} +- "
+            f"{row['log_z_error']:.3f}, ESS {row['ess']:.0f} of {row['draws']}, {row['evaluations']:.3g} gradients, "
+            f"{row['seconds']:.0f} s"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", help=", ".join(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--setting", choices=SETTINGS, default="cpu")
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for method in [] if arguments.table else arguments.methods or METHODS:
+        for seed in arguments.seeds:
+            path = FOLDER / f"{MODEL}-draws-{method}-{arguments.setting}-{seed}.json"
+            if not path.is_file():
+                path.write_text(json.dumps(cell(method, arguments.setting, seed, path)) + "\n")
+    table()
+
+
+if __name__ == "__main__":
+    main()
