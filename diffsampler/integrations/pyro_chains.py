@@ -38,7 +38,7 @@ class _ChainsKernel(BlockKernel, ABC):
         *,
         num_chains: int = 128,
         block: int = 16,
-        thin: int = 4,
+        thin: int = 2,
         metric: Literal["diagonal", "dense"] = "diagonal",
         compile: Literal["auto", "on", "off"] = "auto",  # noqa: A002
     ) -> None:
@@ -110,7 +110,7 @@ class ChEESKernel(_ChainsKernel):
     The kernel to use instead of Pyro's ``NUTS`` for unimodal posteriors; 16 chains at least. It fails where one length
     cannot suit all places (funnels; ``inner_r_hat`` tells) and does not travel between separated modes.
 
-    Takes the arguments of :class:`BatchedNUTSKernel` except ``max_depth``, makes four transitions for each draw unless
+    Takes the arguments of :class:`BatchedNUTSKernel` except ``max_depth``, makes two transitions for each draw unless
     told otherwise, and takes:
 
     Arguments:

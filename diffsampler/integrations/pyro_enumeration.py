@@ -30,6 +30,8 @@ from pyro.ops.rings import Ring
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
+from diffsampler.integrations.pyro_laws import law_log_prob
+
 __all__ = ["Enumeration", "Factor", "is_enumerated", "marginal", "pointwise"]
 
 
@@ -160,7 +162,7 @@ class _Names:
 
     def term(self, factor: Factor) -> tuple[frozenset[str], Tensor]:
         """The plates of a factor, and its log density with named dimensions."""
-        log_prob = scale_and_mask(factor.fn.log_prob(factor.value), factor.scale, factor.mask)
+        log_prob = scale_and_mask(law_log_prob(factor.fn, factor.value), factor.scale, factor.mask)
         plates = {frame.dim: self.letter(frame.name) for frame in factor.plates}
         variables = factor.infer.get("_dim_to_id", {})
         kept, loose, names = [], [], ""

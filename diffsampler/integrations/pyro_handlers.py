@@ -12,7 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from diffsampler.integrations.pyro_enumeration import Factor, is_enumerated, marginal
-from diffsampler.integrations.pyro_laws import draw_discrete, draw_law, first_discrete
+from diffsampler.integrations.pyro_laws import draw_discrete, draw_law, first_discrete, law_log_prob
 from diffsampler.integrations.pyro_supports import bijection
 
 __all__ = ["Complete", "Draw", "Latent", "Site", "Substitute", "changed", "is_deterministic"]
@@ -101,7 +101,7 @@ class Substitute(Messenger):
         if self.enumerates:
             self.latent.append(Factor.of(msg))
         else:
-            self.log_prior = self.log_prior + scale_and_mask(fn.log_prob(value), msg["scale"], msg["mask"]).sum()
+            self.log_prior = self.log_prior + scale_and_mask(law_log_prob(fn, value), msg["scale"], msg["mask"]).sum()
         msg["done"] = True
         if not self.whole and len(self.values) == len(self.sites):
             raise Complete
@@ -114,7 +114,7 @@ class Substitute(Messenger):
         elif self.likelihood:
             self.observed.append(Factor.of(msg))
             if not self.enumerates:
-                log_prob = scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"])
+                log_prob = scale_and_mask(law_log_prob(msg["fn"], msg["value"]), msg["scale"], msg["mask"])
                 self.log_likelihood = self.log_likelihood + log_prob.sum()
 
     def _pyro_post_param(self, msg: Any) -> None:

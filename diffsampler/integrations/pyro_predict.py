@@ -16,7 +16,7 @@ from diffsampler.integrations.pyro_checks import seeded
 from diffsampler.integrations.pyro_density import Model, batched_random
 from diffsampler.integrations.pyro_enumeration import Factor, pointwise
 from diffsampler.integrations.pyro_handlers import is_deterministic
-from diffsampler.integrations.pyro_laws import draw_discrete, draw_law
+from diffsampler.integrations.pyro_laws import draw_discrete, draw_law, law_log_prob
 
 __all__ = ["log_likelihoods", "observed_data", "predict"]
 
@@ -144,7 +144,7 @@ def _split(latent: list[Factor], observed: list[Factor], name: str) -> Tensor | 
     site = next(factor for factor in observed if factor.name == name)
     if any("_enumerate_dim" in factor.infer for factor in latent):
         return pointwise([*latent, *observed], name)
-    return scale_and_mask(site.fn.log_prob(site.value), site.scale, site.mask)
+    return scale_and_mask(law_log_prob(site.fn, site.value), site.scale, site.mask)
 
 
 def _observed(target: PyroTarget) -> list[Factor]:
