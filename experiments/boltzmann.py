@@ -104,16 +104,16 @@ SETTINGS = {
         "cpu": Setting(
             13,
             3,
-            num_steps=100,
+            num_steps=80,
             sigma_min=0.03,
             sigma_max=1.0,
             reach=4.0,
-            radial=24,
-            batch_size=128,
+            width=32,
+            depth=3,
+            batch_size=64,
             fresh=128,
-            every=25,
+            every=50,
             steps=20_000,
-            clip=50.0,
         ),
         "published": replace(
             PUBLISHED, particles=13, dimensions=3, num_steps=999, reach=5.0, stages=Stages(30_000, 2_000)
@@ -132,9 +132,8 @@ SETTINGS = {
             depth=3,
             batch_size=16,
             fresh=32,
-            every=25,
-            steps=4000,
-            clip=50.0,
+            every=50,
+            steps=10_000,
         ),
         "published": replace(
             PUBLISHED,
