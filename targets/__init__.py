@@ -7,6 +7,7 @@ from diffsampler.targets.absorption import Absorption as Absorption
 from diffsampler.targets.alanine_dipeptide import AlanineDipeptide as AlanineDipeptide
 from diffsampler.targets.alanine_dipeptide import AlanineDipeptideInternal as AlanineDipeptideInternal
 from diffsampler.targets.alanine_dipeptide import AlanineModel as AlanineModel
+from diffsampler.targets.brownian import BrownianMotion as BrownianMotion
 from diffsampler.targets.double_well_particles import DoubleWell4 as DoubleWell4
 from diffsampler.targets.eight_schools import EightSchools as EightSchools
 from diffsampler.targets.fluid import LennardJonesFluid as LennardJonesFluid
@@ -46,6 +47,7 @@ REGISTRY: dict[str, Callable[[], Target]] = {
     "rings": Rings,
     "banana": Banana,
     "eight_schools": EightSchools,
+    "brownian": BrownianMotion,
     "travel_time5": TravelTimeInversion,
     "travel_time20": lambda: TravelTimeInversion(20),
     "travel_time_linear5": LinearInversion.travel_time,
