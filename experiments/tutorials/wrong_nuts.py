@@ -97,7 +97,7 @@ def main(out: Path, *, quick: bool = False) -> None:
     target = ds.pyro.PyroTarget(star, time, y)
     fit = ds.sample(target, seed=0, **({"method": "smc", "num_samples": 1024} if quick else {}))
     print(fit)
-    steps = 5 if quick else 300
+    steps = 5 if quick else 150
     chains = nuts(star, (time, y), num_samples=steps, warmup_steps=steps, num_chains=2 if quick else 4, seed=0)
     frequency = chains.samples["frequency"]
     print("mean frequency of each chain of NUTS:", [round(float(chain.mean()), 3) for chain in frequency])
