@@ -88,7 +88,8 @@ class Particles:
         if not self.has_normalizer:
             return math.nan
         if self.known_elbo is not None:
-            return self.known_elbo
+            # Two lower bounds, of different draws: the smaller does not contradict the estimate of these.
+            return min(self.known_elbo, self.log_normalizer.value)
         values = self.log_replicates if self.replicates > 1 else self.log_weight
         return estimators.elbo(values).value
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CASES, Case, Folder
+from table_cases import CASES, Case, Folder
 
 import diffsampler as ds
 from diffsampler._report import table

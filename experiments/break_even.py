@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CASES, Case, Folder
+from table_cases import CASES, Case, Folder
 
 from diffsampler import estimators
 from diffsampler._report import table

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import Folder
 from evidence_models import KNOWN
+from table_cases import Folder
 
 import diffsampler as ds
 from diffsampler._report import table

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from cases import Folder, without_prior
 from evidence_models import KNOWN
+from table_cases import Folder, without_prior
 from torch import Tensor
 
 import diffsampler as ds

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import Folder
 from modes_models import MULTIMODAL, Multimodal, shares
+from table_cases import Folder
 
 import diffsampler as ds
 from diffsampler import baselines

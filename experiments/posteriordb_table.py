@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import Folder
 from posteriordb_data import Reference, read_reference
 from posteriordb_models import POSTERIORS, build, latents_of, parameters, stein
+from table_cases import Folder
 from torch import Tensor
 
 import diffsampler as ds

@@ -30,8 +30,8 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from cases import Folder
 from scipy import stats
+from table_cases import Folder
 from torch import Tensor
 
 import diffsampler as ds
