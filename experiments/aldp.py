@@ -6,8 +6,8 @@
 
 Samplers draw in internal coordinates from the molecule's own prior (uniform rotors). The free-energy difference
 between phi > 0 and phi < 0 comes from their weighted draws, and is compared with the reference that
-``experiments/aldp_reference.py`` left in ``results/aldp``. Every cell is one JSON file with a picture beside it, and is
-not run again.
+``experiments/aldp_reference.py`` left in ``results/aldp``, else with the one kept beside this script. Every cell is one
+JSON file with a picture beside it, and is not run again.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def energy(target: targets.AlanineDipeptideInternal, particles: Particles) -> Te
 
 
 def reference() -> dict[str, Any] | None:
-    path = FOLDER / f"{MODEL}.json"
+    own, kept = FOLDER / f"{MODEL}.json", Path(__file__).with_name("aldp_reference.json")
+    path = own if own.is_file() else kept
     return json.loads(path.read_text()) if path.is_file() else None
 
 
