@@ -73,8 +73,7 @@ def test_prior_scales_are_log_normal(target):
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_tiny_scales_do_not_underflow(target, dtype):
     x = torch.zeros(1, 32, dtype=dtype)
-    x[0, :2] = -60.0
-    x[0, 2:] = 0.0
+    x[0, 0] = -60.0
     log_prob, score = target.log_prob_and_score(x)
     assert bool(log_prob.isfinite().all()) and bool(score.isfinite().all())
     assert bool(target.score(x, create_graph=True).isfinite().all())
