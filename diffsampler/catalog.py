@@ -33,6 +33,7 @@ METHODS: dict[str, MethodInfo] = {
     "uha": MethodInfo("uha", "Uncorrected Hamiltonian annealing (Geffner, Domke)", 2021, "gradient"),
     "gfn": MethodInfo("gfn", "Off-policy training of diffusion samplers (Sendera et al.)", 2024, "gradient"),
     "dgfs": MethodInfo("dgfs", "Diffusion generative flow samplers (Zhang et al.)", 2024, "gradient"),
+    "scld": MethodInfo("scld", "Sequential controlled Langevin diffusions (Chen et al.)", 2025, "gradient"),
     "as": MethodInfo("as", "Adjoint sampling (Havens et al.)", 2025, "gradient"),
     "asbs": MethodInfo("asbs", "Adjoint Schroedinger bridge sampler (Liu et al.)", 2025, "gradient"),
 }

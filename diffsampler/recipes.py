@@ -20,6 +20,7 @@ from diffsampler.methods.gbs import GBS
 from diffsampler.methods.gfn import DGFS, GFN
 from diffsampler.methods.matching import Matching
 from diffsampler.methods.pis import PIS
+from diffsampler.methods.scld import SCLD
 from diffsampler.methods.underdamped import LDVI, UCMCD, UHA
 from diffsampler.objective import BridgeLikelihood, LogVariance
 from diffsampler.particles import Particles
@@ -74,7 +75,7 @@ class MappedSampler(Sampler):
         to_original: Map of points ``(n, D)``.
     """
 
-    def __init__(self, target: Target, inner: DiffusionSampler, to_original: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, target: Target, inner: DiffusionSampler | SCLD, to_original: Callable[[Tensor], Tensor]) -> None:
         self.target = target
         self.inner = inner
         self.to_original = to_original
@@ -86,7 +87,7 @@ class MappedSampler(Sampler):
     def sample(self, n: int, *, seed: int = 0) -> Particles:
         particles = self.inner.sample(n, seed=seed)
         x = self.to_original(particles.x)
-        return Particles(x, particles.log_weight, nonfinite=particles.nonfinite)
+        return Particles(x, particles.log_weight, replicates=particles.replicates, nonfinite=particles.nonfinite)
 
 
 def locate(target: Target, *, generator: torch.Generator, paid: Paid = _unlimited) -> MeanFieldFits:
@@ -148,7 +149,7 @@ def learned_sampler(
         "point_features": features,
         "seed": seed,
     }
-    makers: dict[str, Callable[[], DiffusionSampler]] = {
+    makers: dict[str, Callable[[], DiffusionSampler | SCLD]] = {
         "as": lambda: AdjointSampling(standard, **matched),
         "asbs": lambda: ASBS(standard, scale=1.0, sigma_max=1.5, **matched),
         "pis": lambda: PIS(standard, scale=1.5, point_features=features, seed=seed),
@@ -169,6 +170,7 @@ def learned_sampler(
         "uha": lambda: UHA(standard, **annealed),
         "gfn": lambda: GFN(standard, scale=1.5, level_min=noise_min, point_features=features, seed=seed),
         "dgfs": lambda: DGFS(standard, scale=1.5, level_min=noise_min, point_features=features, seed=seed),
+        "scld": lambda: SCLD(standard, **annealed),
     }
     sampler = makers[name]().to(device=generator.device, dtype=dtype)
     choices = {

@@ -11,6 +11,7 @@ import torch
 
 from diffsampler.budget import Budget, Task, TrainingMeter
 from diffsampler.checks import differing_point
+from diffsampler.methods.scld import SCLD
 from diffsampler.particles import Particles, disagreement
 from diffsampler.pilot import PilotResult, run_pilot
 from diffsampler.pilot.checks import drift
@@ -65,7 +66,7 @@ def run_given(task: Task, method: str | Sampler) -> Answer:
     assert isinstance(method, Sampler)
     _check_same_target(task.target, method, task.device)
     name = type(method).__name__
-    if isinstance(method, DiffusionSampler):
+    if isinstance(method, DiffusionSampler | SCLD):
         method.to(device=task.device)
         choices: dict[str, object] = {"steps_before": int(method.history[-1]["step"]) if method.history else 0}
         if task.budget != Budget() or not method.history:
@@ -94,16 +95,18 @@ def _check_same_target(target: Target, method: Sampler, device: torch.device) ->
         )
 
 
-def _train(task: Task, sampler: DiffusionSampler, *, learning_rate: float = 2e-3) -> None:
+def _train(task: Task, sampler: DiffusionSampler | SCLD, *, learning_rate: float = 2e-3) -> None:
     default = 1_000_000 if task.limited else DEFAULT_STEPS
     steps = default if task.budget.steps is None else int(task.budget.steps)
     task.progress.start("training", None if task.limited else steps)
+    # Replayed paths cost nothing, fresh ones do.
+    fresh = 1.0 - sampler.lesson.replay_share if isinstance(sampler, SCLD) else 1.0
     sampler.fit(
         steps=steps,
         batch_size=BATCH_SIZE,
         learning_rate=learning_rate,
         seed=task.seed,
-        spent=task.watch("training", TrainingMeter(task, batch_size=BATCH_SIZE)),
+        spent=task.watch("training", TrainingMeter(task, batch_size=max(1, round(fresh * BATCH_SIZE)))),
         checkpoint=task.checkpoint,
         resume=task.resume,
         callback=task.progress.training,
@@ -115,8 +118,8 @@ def _draw(task: Task, sampler: Sampler) -> tuple[Particles, list[Finding]]:
     n, limit = task.num_samples, task.budget.evaluations
     if limit is not None:
         before = task.evaluations
-        sampler.sample(2, seed=task.seed)
-        cost = (task.evaluations - before) / 2
+        trial = sampler.sample(2, seed=task.seed)
+        cost = (task.evaluations - before) / (len(trial) + trial.nonfinite)
         paid = int((limit - task.evaluations) / cost) if cost > 0 else n
         # How many are left may depend on when time ended what came before.
         n = int(task.watch("draws", lambda: min(n, max(paid, FEWEST_DRAWS)), levels=None)())

@@ -49,7 +49,23 @@ def same(a: ds.Fit, b: ds.Fit) -> bool:
     return torch.equal(a.particles.x, b.particles.x) and torch.equal(a.particles.log_weight, b.particles.log_weight)
 
 
-LEARNED = ["pis", "dds", "dis", "gbs", "cmcd", "mcd", "ula", "ucmcd", "ldvi", "uha", "gfn", "dgfs", "as", "asbs"]
+LEARNED = [
+    "pis",
+    "dds",
+    "dis",
+    "gbs",
+    "cmcd",
+    "mcd",
+    "ula",
+    "ucmcd",
+    "ldvi",
+    "uha",
+    "gfn",
+    "dgfs",
+    "scld",
+    "as",
+    "asbs",
+]
 METHODS = ["auto", "smc", *LEARNED]
 
 
