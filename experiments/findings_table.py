@@ -138,8 +138,9 @@ def run(case: Run, seed: int) -> Row:
     exact = case.exact()
     try:
         fit = case.call(seed)
-    except ValueError as error:
-        return {"refused": str(error), "findings": [], "cpu": time.process_time() - cpu, "exact": exact}
+    except (ValueError, RuntimeError) as error:
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        return {"refused": text, "findings": [], "cpu": time.process_time() - cpu, "exact": exact}
     return {
         "refused": None,
         "findings": [str(finding) for finding in fit.findings],
