@@ -35,6 +35,7 @@ from torch import Tensor
 import diffsampler as ds
 from diffsampler._report import versions, write_json
 from diffsampler.integrations.examples import EFFECTS, ERRORS, eight_schools_noncentered
+from diffsampler.integrations.pyro_kernel import BlockKernel
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def run(model: Callable[..., None], args: tuple[Tensor, ...], make: Any, draws: 
     split = np.stack([x[:half], x[half : 2 * half]])
     ess = min(float(arviz.ess(split[..., i], method="bulk")) for i in range(x.shape[1]))
     # Not those of MCMC, which take memory quadratic in the number of draws.
-    ess = min(ess, kernel.diagnostics().get("inner_ess", math.inf))
+    if isinstance(kernel, BlockKernel):
+        ess = min(ess, kernel.diagnostics()["inner_ess"])
     return {"seconds": seconds, "ess": ess, "rate": ess / seconds, "mean": x.mean(0).tolist(), "sd": x.std(0).tolist()}
 
 
