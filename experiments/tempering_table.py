@@ -40,7 +40,7 @@ METHODS: dict[str, Callable[[Target, float | None], Sampler]] = {
     ),
 }
 DRAWS: dict[str, dict[str, int]] = {
-    "smc": {"gmm40": 16 * 512, "manywell32": 16 * 512, "label_switching": 16 * 256},
+    "smc": {"gmm40": 16 * 512, "manywell32": 16 * 2048, "label_switching": 16 * 256},
     "waste_free": {"gmm40": 16 * 2048, "manywell32": 16 * 4096, "label_switching": 16 * 1024},
     "parallel_tempering": {"gmm40": 128 * 500, "manywell32": 64 * 1500, "label_switching": 128 * 250},
 }
