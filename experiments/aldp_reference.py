@@ -1,6 +1,6 @@
 """Free-energy surface of alanine dipeptide over phi and psi by parallel tempering, with error bars.
 
-    python experiments/aldp_reference.py                                   # ff96 with OBC1, half an hour of one core
+    python experiments/aldp_reference.py                                   # ff96 with OBC1, ten minutes of one core
     python experiments/aldp_reference.py AMBER99SB_ILDN --blocks 4
 
 Replicas travel between the prior of the internal coordinates (uniform rotors) and the molecule at 300 K under a frozen

@@ -1,8 +1,9 @@
 r"""Alanine dipeptide (N-acetyl-L-alanine N'-methylamide, 22 atoms), the smallest model of a protein's backbone.
 
-Two dihedrals, :math:`\phi` and :math:`\psi`, carry its slow motion; the metastable basin :math:`\phi > 0` holds a
-percent of the mass behind a barrier of more than ten kT. Parameters are a table made by
-``experiments/aldp_parameters.py`` from the force fields that OpenMM distributes, so that OpenMM is not needed here.
+Two dihedrals, :math:`\phi` and :math:`\psi`, carry its slow motion. In ff96 with OBC1 at 300 K the side
+:math:`\phi > 0` holds 0.33 % of the mass, 5.73 +- 0.02 kT above the other, behind barriers of 9 and 11 kT. Parameters
+are a table made by ``experiments/aldp_parameters.py`` from the force fields that OpenMM distributes, so that OpenMM is
+not needed here.
 
 References:
     ff96: A second generation force field for the simulation of proteins, nucleic acids, and organic molecules (Cornell
