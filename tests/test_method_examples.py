@@ -1,0 +1,42 @@
+"""The examples of single methods run from beginning to end, in a small setting, and print what they promise."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "experiments" / "methods"
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "show")
+STEPS = {"mixflow": 20, "ensemble_score": 10}
+LINES = {"mcd": 2, "adjoint": 2, "underdamped": 3, "conditional": 3}
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def by_name(name):
+        spec = importlib.util.spec_from_file_location(f"method_{name}", EXAMPLES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return by_name
+
+
+def test_there_is_an_example_of_every_kind():
+    assert len(NAMES) == 15
+    assert all(len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 60 for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_example_runs(name, load, capsys):
+    load(name).main(steps=STEPS.get(name, 3), draws=200)
+    lines = re.findall(r": .*ELBO gap (\S+), .*ESS/N (\S+), (\S+) CPU s", capsys.readouterr().out)
+    assert len(lines) == LINES.get(name, 1)
+    for gap, share, _ in lines:
+        # A lower bound of few weights may exceed log Z by its own error; nothing here can exceed it by much.
+        assert float(gap) > -1.0 and 0.0 < float(share) <= 1.0
