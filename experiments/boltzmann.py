@@ -97,7 +97,17 @@ PUBLISHED = Setting(
 )
 SETTINGS = {
     "dw4": {
-        "cpu": Setting(4, 2, num_steps=100, sigma_min=0.07, sigma_max=2.0, draw_steps=200, steps=8000),
+        "cpu": Setting(
+            4,
+            2,
+            num_steps=100,
+            sigma_min=0.07,
+            sigma_max=2.0,
+            draw_steps=200,
+            steps=20_000,
+            fresh=1024,
+            capacity=10_000,
+        ),
         "published": PUBLISHED,
     },
     "lj13": {
