@@ -35,9 +35,9 @@ def given(**options):
     return lambda: ds.sample(ds.Target.from_log_prob(gaussian, dim=2), **{**QUICK, **options})
 
 
-def coin_model():
-    pyro.sample("coin", dist.Bernoulli(0.5))
-    pyro.sample("x", dist.Normal(0.0, 1.0))
+def count_model():
+    count = pyro.sample("count", dist.Poisson(2.0))
+    pyro.sample("a", dist.Normal(count, 1.0))
 
 
 def growing_model():
@@ -198,7 +198,7 @@ DENSITIES = {
 CALLS = {
     "callable": (lambda: ds.sample(gaussian), TypeError, r"got function\. Wrap a density with Target\.from_log_prob"),
     "Pyro model": (
-        lambda: ds.sample(coin_model),
+        lambda: ds.sample(count_model),
         TypeError,
         r"a Pyro model with ds\.pyro\.PyroTarget\(model, \*args\)",
     ),
@@ -210,7 +210,11 @@ CALLS = {
     "dim -1": (lambda: ds.Target.from_log_prob(gaussian, dim=-1), ValueError, r"positive integer; got -1"),
     "dim 2.0": (lambda: ds.Target.from_log_prob(gaussian, dim=2.0), ValueError, r"positive integer; got 2\.0"),
     "no dim": (lambda: ds.Target.from_log_prob(gaussian), ValueError, r"exactly one of dim and space"),
-    "discrete latent": (lambda: ds.pyro.PyroTarget(coin_model), ValueError, r"discrete 'coin'\. Marginalise"),
+    "discrete latent": (
+        lambda: ds.pyro.PyroTarget(count_model),
+        ValueError,
+        r"got 'count', which cannot be summed out",
+    ),
     "sites differ": (lambda: ds.pyro.PyroTarget(growing_model), ValueError, r"same latent sites"),
     "no model": (lambda: ds.pyro.PyroTarget(3), TypeError, r"Expected a Pyro model, a callable; got int"),
     "budget 0 s": (lambda: ds.Budget(seconds=0), ValueError, r"positive budget of seconds; got 0\. Leave it out"),
