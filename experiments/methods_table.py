@@ -72,7 +72,8 @@ def run(case: Case, method: str, seed: int, settings: Settings) -> Row:
             seed=seed,
             spent=lambda: (time.process_time() - start) / settings.cpu,
         )
-        trained, steps = time.process_time() - start, int(sampler.inner.history[-1]["step"])
+        trained, history = time.process_time() - start, sampler.inner.history
+        steps = int(history[-1]["step"]) if history else 0
         evaluations = sampler.evaluations
         particles = sampler.sample(settings.num_samples, seed=seed + 1000)
     exact = target.log_normalizer

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,30 @@ def test_example_runs(name, load, capsys):
     for gap, share, _ in lines:
         # A lower bound of few weights may exceed log Z by its own error; nothing here can exceed it by much.
         assert float(gap) > -1.0 and 0.0 < float(share) <= 1.0
+
+
+def test_the_table_of_methods_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(EXAMPLES.parent))
+    import methods_table
+
+    def call(*more):
+        arguments = ["--cpu", "1", "--num-samples", "200", "--only", "gmm9", "--out", str(tmp_path), *more]
+        monkeypatch.setattr(sys, "argv", ["methods_table.py", *arguments])
+        methods_table.main()
+
+    call("--methods", "dis", "--seeds", "1")
+    (before,) = tmp_path.glob("*.json")
+    row, stamp = json.loads(before.read_text()), before.stat().st_mtime_ns
+    assert row["versions"]["diffsampler"] and row["settings"]["cpu"] == 1.0
+    call("--methods", "dis", "--table")
+    assert before.stat().st_mtime_ns == stamp and (tmp_path / "table.png").stat().st_size > 10_000
+
+    def diverge(*_):
+        raise RuntimeError("Training diverged.")
+
+    monkeypatch.setattr(methods_table, "run", diverge)
+    call("--methods", "dis", "cmcd", "--seeds", "1")
+    assert "gmm9 cmcd: 1 failed" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="other settings"):
+        call("--methods", "dis", "--table", "--num-samples", "100")
