@@ -14,7 +14,7 @@ def main(*, steps: int, draws: int) -> None:
     target = targets.ManyWell(dim=8)
     for name, kind in {"ULA, 16 wells in 8 dimensions": ds.AnnealedULA, "MCD, the same": ds.MCD}.items():
         start = time.process_time()
-        sampler = kind(target, num_steps=64, scale=2.0)
+        sampler = kind(target, num_steps=64, scale=2.0, local_scale=0.1)
         sampler.fit(steps=steps, batch_size=256, learning_rate=5e-3)
         show(name, sampler, sampler.sample(draws, seed=1), start)
 

@@ -13,7 +13,7 @@ from diffsampler import targets
 def main(*, steps: int, draws: int) -> None:
     start = time.process_time()
     target = targets.GaussianMixture.forty()
-    sampler = ds.SCLD(target, num_steps=64, segments=4, scale=30.0)
+    sampler = ds.SCLD(target, num_steps=64, segments=4, scale=25.0, local_scale=0.05)
     sampler.fit(steps=steps, batch_size=256)
     show("SCLD, 40 modes", sampler, sampler.sample(draws, seed=1), start)
 
