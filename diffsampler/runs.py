@@ -215,19 +215,25 @@ def run_auto(task: Task, method: str | Sampler) -> Answer:
 def _refine(task: Task, pilot: PilotResult, answer: Answer) -> Answer:
     """Train a process on the pilot's particles and keep it if its exact weights are better."""
     assert pilot.particles is not None
-    mapped, choices = refined_sampler(
-        task.target,
-        pilot,
-        generator=task.generator,
-        dtype=task.dtype,
-        course=Course(
-            steps=None if task.budget.steps is None else int(task.budget.steps),
-            limited=task.limited,
-            spent=task.watch("refinement", TrainingMeter(task, batch_size=REFINED_BATCH)),
-            callback=task.progress.training,
-            start=task.progress.start,
-        ),
-    )
+    try:
+        mapped, choices = refined_sampler(
+            task.target,
+            pilot,
+            generator=task.generator,
+            dtype=task.dtype,
+            course=Course(
+                steps=None if task.budget.steps is None else int(task.budget.steps),
+                limited=task.limited,
+                spent=task.watch("refinement", TrainingMeter(task, batch_size=REFINED_BATCH)),
+                callback=task.progress.training,
+                start=task.progress.start,
+            ),
+        )
+    except RuntimeError as error:
+        # Where a density or its gradient breaks off, a chain may not train; the pilot has answered already.
+        message = f"No process could be learned: {error}"
+        remedy = "The answer is the pilot's; look at the density where it is not finite."
+        return answer._replace(findings=[*answer.findings, Finding("warning", message, remedy)])
     learned, too_few = _draw(task, mapped)
     mine, theirs = learned.log_normalizer, pilot.particles.log_normalizer
     agree = abs(mine.value - theirs.value) <= 4.0 * math.hypot(mine.std_error, theirs.std_error) + 0.02
