@@ -302,6 +302,20 @@ def test_disagreement_of_pilot_and_process_is_a_finding(small, monkeypatch):
     assert not any("missed mass" in finding.message for finding in fit.findings), "control without a shift"
 
 
+def test_training_that_breaks_off_leaves_the_answer_of_the_pilot(small, monkeypatch):
+    def diverge(*_, **__):
+        raise RuntimeError("Training diverged: 100 consecutive steps had no finite gradient.")
+
+    stub_pilot(monkeypatch, [])
+    monkeypatch.setattr(runs, "refined_sampler", diverge)
+    fit = ds.sample(target(), num_samples=256, budget=ds.Budget(steps=5))
+    assert fit.method == "auto (pilot)"
+    assert fit.choices["chosen"] == "pilot"
+    assert any("No process could be learned: Training diverged" in finding.message for finding in fit.findings)
+    assert fit.log_normalizer.value == pytest.approx(LOG_Z, abs=0.01)
+    assert len(fit.particles) >= 256
+
+
 # Interruptions --------------------------------------------------------------------------------------------------------
 
 SCRIPT = """
