@@ -2,7 +2,7 @@ r"""Energies of pairs of dihedrals by interpolation in a periodic table (CMAP).
 
 A map gives energies at :math:`\phi = 2 \pi i / s`, :math:`\psi = 2 \pi j / s`. Between them it is the product of
 periodic cubic splines, written in every cell as a polynomial :math:`\sum_{k, l = 0}^{3} c_{kl}\, t^k u^l` of the
-fractions :math:`t, u \in [0, 1)`. OpenMM's numbers differ from these by 1e-6 kJ/mol and 1e-4 kJ/mol/nm.
+fractions :math:`t, u \in [0, 1)`, as OpenMM does.
 
 Reference: Extending the treatment of backbone energetics in protein force fields (Mackerell, Feig & Brooks, 2004),
 https://doi.org/10.1002/jcc.20065
@@ -75,7 +75,8 @@ def map_terms(model: CorrectionMaps) -> MapTerms:
 
 def maps(first: Tensor, second: Tensor, terms: MapTerms) -> tuple[Tensor, Tensor, Tensor]:
     """Energies ``(B,)`` of pairs of angles ``(c, B)`` and their derivatives with respect to both."""
-    scale = terms.size / (2.0 * math.pi)
+    # In the dtype of the angles: a whole number over a float would be rounded to single precision.
+    scale = terms.size.to(first.dtype) / (2.0 * math.pi)
     a, b = (torch.remainder(angle, 2.0 * math.pi) * scale for angle in (first, second))
     i, j = (x.detach().floor().clamp_max(float(terms.size) - 1.0) for x in (a, b))
     cell = terms.offset + i.long() * terms.size + j.long()
