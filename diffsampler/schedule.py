@@ -14,12 +14,22 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["NoiseSchedule", "cosine_preserving", "exploding_levels", "variance_exploding", "variance_preserving"]
+__all__ = [
+    "NoiseSchedule",
+    "chosen_schedule",
+    "cosine_preserving",
+    "exploding_levels",
+    "variance_exploding",
+    "variance_preserving",
+]
+
+DEFAULT_STEPS = 64
 
 
 class NoiseSchedule(NamedTuple):
@@ -88,3 +98,19 @@ def exploding_levels(levels: Tensor) -> NoiseSchedule:
     total = torch.cat([levels, levels.new_zeros(1)]).square()
     ones = torch.ones(len(levels), dtype=torch.float64)
     return NoiseSchedule(ones, total[:-1] - total[1:], torch.ones(len(levels) + 1, dtype=torch.float64), total)
+
+
+def chosen_schedule(
+    schedule: NoiseSchedule | None, num_steps: int | None, default: Callable[[int], NoiseSchedule]
+) -> NoiseSchedule:
+    """The given schedule, or the default one of ``num_steps`` steps (64 unless given).
+
+    Raises:
+        ValueError: If both are given and do not agree.
+    """
+    if schedule is None:
+        return default(DEFAULT_STEPS if num_steps is None else num_steps)
+    length = len(schedule.variance)
+    if num_steps is not None and num_steps != length:
+        raise ValueError(f"Expected num_steps={length}, the length of the schedule, or none; got {num_steps}.")
+    return schedule

@@ -10,7 +10,16 @@ from cases import F64
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffsampler.schedule import NoiseSchedule, cosine_preserving, variance_exploding, variance_preserving
+from diffsampler import targets
+from diffsampler.methods.dds import DDS
+from diffsampler.methods.dis import DIS
+from diffsampler.schedule import (
+    NoiseSchedule,
+    chosen_schedule,
+    cosine_preserving,
+    variance_exploding,
+    variance_preserving,
+)
 
 SCHEDULES = {
     "preserving": variance_preserving,
@@ -87,3 +96,16 @@ def test_bad_noise_levels_are_refused(low: float, high: float):
 
 def test_schedules_are_plain_records():
     assert NoiseSchedule._fields == ("contraction", "variance", "total_contraction", "total_variance")
+
+
+def test_number_of_steps_and_schedule_must_agree():
+    assert len(chosen_schedule(None, None, cosine_preserving).variance) == 64
+    assert len(chosen_schedule(None, 7, cosine_preserving).variance) == 7
+    given_one = variance_preserving(5)
+    assert chosen_schedule(given_one, None, cosine_preserving) is given_one
+    assert chosen_schedule(given_one, 5, cosine_preserving) is given_one
+    target = targets.Gaussian([0.0], scale=1.0)
+    for build in (DIS, DDS):
+        assert build(target, schedule=given_one, width=8).process.num_steps == 5
+        with pytest.raises(ValueError, match="Expected num_steps=5, the length of the schedule, or none; got 64"):
+            build(target, num_steps=64, schedule=given_one)

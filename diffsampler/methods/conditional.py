@@ -28,7 +28,7 @@ from diffsampler.objective import Objective
 from diffsampler.particles import Particles
 from diffsampler.process import Gaussian, Process
 from diffsampler.sampler import DiffusionSampler
-from diffsampler.schedule import NoiseSchedule, variance_exploding
+from diffsampler.schedule import NoiseSchedule, chosen_schedule, variance_exploding
 from diffsampler.space import Space
 from diffsampler.target import ForwardingTarget, Target
 from diffsampler.trajectory import Trajectory, simulate
@@ -195,7 +195,7 @@ class ConditionalDIS(DiffusionSampler):
 
     Arguments:
         target: The family.
-        num_steps: Number of steps ``K``.
+        num_steps: Number of steps ``K``, 64 or the schedule's by default.
         objective: The loss, variance within contexts by default.
         schedule: The noising chain in place of ``num_steps`` variance-exploding steps.
         repeats: Paths of each context in a batch.
@@ -208,7 +208,7 @@ class ConditionalDIS(DiffusionSampler):
         self,
         target: ConditionalTarget,
         *,
-        num_steps: int = 64,
+        num_steps: int | None = None,
         objective: Objective | None = None,
         schedule: NoiseSchedule | None = None,
         repeats: int = 8,
@@ -216,7 +216,7 @@ class ConditionalDIS(DiffusionSampler):
     ) -> None:
         if not isinstance(target, ConditionalTarget):
             raise TypeError(f"Expected a ConditionalTarget; got {type(target).__name__}.")
-        schedule = variance_exploding(num_steps) if schedule is None else schedule
+        schedule = chosen_schedule(schedule, num_steps, variance_exploding)
         base = DISProcess(target.space, schedule, extra_inputs=target.context_dim, **options)
         process = ConditionalProcess(target, base, repeats=repeats)
         super().__init__(target, process, ContextLogVariance(target.dim) if objective is None else objective)

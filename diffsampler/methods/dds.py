@@ -22,7 +22,7 @@ from diffsampler.networks import Control
 from diffsampler.objective import Objective
 from diffsampler.process import Gaussian, Process
 from diffsampler.sampler import DiffusionSampler
-from diffsampler.schedule import NoiseSchedule, cosine_preserving
+from diffsampler.schedule import NoiseSchedule, chosen_schedule, cosine_preserving
 from diffsampler.space import Space, Torus
 from diffsampler.target import Target
 
@@ -107,7 +107,7 @@ class DDS(DiffusionSampler):
 
     Arguments:
         target: The density to sample.
-        num_steps: Number of steps ``K``.
+        num_steps: Number of steps ``K``, 64 or the schedule's by default.
         objective: The loss, log-variance by default.
         schedule: Variance-preserving noise schedule in place of ``num_steps`` cosine steps.
         options: As in :class:`DDSProcess`.
@@ -117,10 +117,10 @@ class DDS(DiffusionSampler):
         self,
         target: Target,
         *,
-        num_steps: int = 64,
+        num_steps: int | None = None,
         objective: Objective | None = None,
         schedule: NoiseSchedule | None = None,
         **options: Any,
     ) -> None:
-        schedule = cosine_preserving(num_steps) if schedule is None else schedule
+        schedule = chosen_schedule(schedule, num_steps, cosine_preserving)
         super().__init__(target, DDSProcess(target.space, schedule, **options), objective)

@@ -32,7 +32,7 @@ from diffsampler.networks import Control
 from diffsampler.objective import Objective
 from diffsampler.process import Gaussian, Process
 from diffsampler.sampler import DiffusionSampler
-from diffsampler.schedule import NoiseSchedule, variance_exploding
+from diffsampler.schedule import NoiseSchedule, chosen_schedule, variance_exploding
 from diffsampler.space import Space, Torus
 from diffsampler.target import Target
 
@@ -169,7 +169,7 @@ class DIS(DiffusionSampler):
 
     Arguments:
         target: The density to sample.
-        num_steps: Number of steps ``K``.
+        num_steps: Number of steps ``K``, 64 or the schedule's by default.
         objective: The loss, log-variance by default.
         schedule: The noising chain in place of ``num_steps`` variance-exploding steps.
         point_features: Random Fourier features of the point; more resolve more modes.
@@ -180,13 +180,13 @@ class DIS(DiffusionSampler):
         self,
         target: Target,
         *,
-        num_steps: int = 64,
+        num_steps: int | None = None,
         objective: Objective | None = None,
         schedule: NoiseSchedule | None = None,
         point_features: int = 64,
         **options: Any,
     ) -> None:
-        schedule = variance_exploding(num_steps) if schedule is None else schedule
+        schedule = chosen_schedule(schedule, num_steps, variance_exploding)
         super().__init__(
             target, DISProcess(target.space, schedule, point_features=point_features, **options), objective
         )
