@@ -16,7 +16,7 @@ from torch import Tensor
 from diffsampler.priors import Prior, default_prior
 from diffsampler.space import Space
 
-__all__ = ["annealed_score", "checked_prior", "initial_path", "num_scales"]
+__all__ = ["annealed_score", "checked_prior", "initial_path", "num_scales", "regrid", "regrid_increments"]
 
 
 def checked_prior(space: Space, prior: Prior | None, scale: float, local_scale: float, *, learn: bool = True) -> Prior:
@@ -57,3 +57,20 @@ def annealed_score(prior: Prior, beta: Tensor, x: Tensor, score: Tensor) -> Tens
 def num_scales(space: Space) -> int:
     """Length of a vector of scales: one for mean-free particles, which have no coordinates of their own."""
     return space.dim if space.dof == space.dim else 1
+
+
+def regrid(table: Tensor, num_steps: int) -> Tensor:
+    """A table ``(K, ...)`` over the middles of ``K`` steps, interpolated linearly for ``num_steps`` of them."""
+    if len(table) == 1:
+        return table.repeat(num_steps, *[1] * (table.ndim - 1))
+    place = ((torch.arange(num_steps, device=table.device) + 0.5) * len(table) / num_steps - 0.5).double()
+    low = place.floor().clamp(0, len(table) - 2).long()
+    share = (place - low).to(table).reshape(-1, *[1] * (table.ndim - 1))
+    return torch.lerp(table[low], table[low + 1], share)
+
+
+def regrid_increments(increments: Tensor, num_steps: int) -> Tensor:
+    """Logits of temperature increments for another number of steps: the same path, linear in log temperature."""
+    log_beta = torch.log_softmax(increments.double(), 0).logcumsumexp(0)
+    beta = regrid(log_beta, num_steps).exp()
+    return beta.diff(prepend=beta.new_zeros(1)).log().to(increments)

@@ -26,6 +26,7 @@ References:
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, final
 
@@ -33,7 +34,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffsampler.methods.annealed import annealed_score, checked_prior, initial_path, num_scales
+from diffsampler.methods.annealed import (
+    annealed_score,
+    checked_prior,
+    initial_path,
+    num_scales,
+    regrid,
+    regrid_increments,
+)
 from diffsampler.networks import Control, clip
 from diffsampler.objective import Objective
 from diffsampler.priors import Prior
@@ -164,6 +172,19 @@ class CMCDProcess(Process):
         noise_scale = variance.sqrt()
         drift = self.space.project_vector(noise_scale * clip(0.5 * noise_scale * annealed, self.clip_bound))
         return drift, shift, variance
+
+    def regridded(self, num_steps: int) -> CMCDProcess:
+        """This chain with another number of steps: the same dynamics in continuous time, to be trained further.
+
+        A coarse chain trains in a fraction of the time and its control, a function of time, is close to a fine one's.
+        """
+        new = copy.deepcopy(self)
+        new.num_steps = num_steps
+        new.time = (torch.arange(num_steps + 1) / num_steps).to(self.time)
+        with torch.no_grad():
+            new.increments = nn.Parameter(regrid_increments(self.increments, num_steps + 1))
+            new.log_step = nn.Parameter(regrid(self.log_step, num_steps) + math.log(self.num_steps / num_steps))
+        return new
 
     def log_anchor(self, k: Tensor, x: Tensor, log_prob: Tensor) -> Tensor:
         # Anchor k sits at the temperature of the kernel that leaves it; the ends are p_0 and the target.

@@ -38,6 +38,7 @@ References:
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, final
 
@@ -45,7 +46,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffsampler.methods.annealed import annealed_score, checked_prior, initial_path, num_scales
+from diffsampler.methods.annealed import (
+    annealed_score,
+    checked_prior,
+    initial_path,
+    num_scales,
+    regrid,
+    regrid_increments,
+)
 from diffsampler.networks import Control, clip
 from diffsampler.objective import Objective, ReverseKL
 from diffsampler.priors import Prior
@@ -150,6 +158,18 @@ class UnderdampedProcess(Process):
     def beta(self) -> Tensor:
         """Annealing schedule of the points, ``(K + 1,)``, from 0 to 1."""
         return functional.pad(torch.softmax(self.increments, 0).cumsum(0), (1, 0))
+
+    def regridded(self, num_steps: int) -> UnderdampedProcess:
+        """This chain with another number of steps: the same dynamics in continuous time, to be trained further."""
+        new = copy.deepcopy(self)
+        new.num_steps = num_steps
+        new.time = (torch.arange(num_steps + 1) / num_steps).to(self.time)
+        learn, pace = self.log_step.requires_grad, math.log(self.num_steps / num_steps)
+        with torch.no_grad():
+            new.increments = nn.Parameter(regrid_increments(self.increments, num_steps))
+            new.log_step = nn.Parameter(regrid(self.log_step, num_steps) + pace, requires_grad=learn)
+            new.log_friction = nn.Parameter(regrid(self.log_friction, num_steps) + pace)
+        return new
 
     def observed(self, state: Tensor) -> Tensor:
         return state[..., : self.space.dim]
