@@ -172,6 +172,12 @@ def test_no_frame_where_the_axes_serve_or_none_exists():
         assert separating_frame(target, fits) is None
 
 
+def test_no_frame_of_a_flat_density():
+    box = Target.from_log_prob(lambda x: torch.where((x.abs() < 1.0).all(-1), 0.0 * x.sum(-1), -torch.inf), dim=3)
+    fits = multistart(box, num_starts=10, steps=60, generator=generator()).good().distinct()
+    assert separating_frame(box, fits) is None
+
+
 def test_joint_diagonalisation_of_commuting_matrices():
     rotation = torch.linalg.qr(normal(5, 5, seed=2))[0]
     matrices = rotation @ torch.diag_embed(normal(7, 5, seed=3)) @ rotation.mT

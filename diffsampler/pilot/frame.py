@@ -86,7 +86,10 @@ def separating_frame(target: Target, fits: MeanFieldFits, *, points: int = 24) -
     size = ((vector * value.abs().unsqueeze(-2)) @ vector.mT).mean(0)
     for _ in range(40):
         # H S^-1 H transforms like H under a linear map, |H| does not; the fixed point does, too.
-        size = 0.5 * (size + (hessian @ torch.linalg.solve(size, hessian)).mean(0))
+        solved, failed = torch.linalg.solve_ex(size, hessian)
+        if bool(failed.any()):
+            return None
+        size = 0.5 * (size + (hessian @ solved).mean(0))
     level, basis = torch.linalg.eigh(0.5 * (size + size.mT))
     if float(level[0]) < 1e-10 * float(level[-1]):
         return None
