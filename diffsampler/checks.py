@@ -50,11 +50,12 @@ def working_dtype(target: Target, device: torch.device) -> torch.dtype:
     return torch.float64
 
 
-def check_target(target: Target, *, device: torch.device | None = None) -> list[str]:
+def check_target(target: Target, *, device: torch.device | None = None) -> list[tuple[str, str]]:
     """Ask a target whether it can be sampled.
 
     Returns:
-        Warnings, empty when all is well.
+        Level (``"warning"`` or ``"note"``) and message of each remark, empty when all is well. That the data exclude
+        some draws of a prior is no more than a note; a density without a prior that has an edge is met with a warning.
 
     Raises:
         TypeError: If it is not a :class:`~diffsampler.target.Target`, or its density is no floating-point tensor.
@@ -81,7 +82,9 @@ def check_target(target: Target, *, device: torch.device | None = None) -> list[
         _check_tails(target, x[usable], score)
     if bool(usable.all()):
         return []
-    return [f"log_prob is -inf at {int((~usable).sum())} of {len(x)} starting points, first at {_show(x[~usable][0])}."]
+    lost = int((~usable).sum())
+    level = "note" if target.prior is not None and lost <= len(x) // 4 else "warning"
+    return [(level, f"log_prob is -inf at {lost} of {len(x)} starting points, first at {_show(x[~usable][0])}.")]
 
 
 def differing_point(a: Target, b: Target, *, device: torch.device) -> tuple[str, float, float] | None:

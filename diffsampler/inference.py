@@ -87,7 +87,7 @@ def sample(
     if isinstance(target, Target):
         target.to(place)
     counted = CountedTarget(target) if isinstance(target, Target) else target
-    warnings = check_target(counted, device=place)
+    remarks = check_target(counted, device=place)
     precise = working_dtype(counted, place)
     known = counted if precise == torch.float64 else CountedTarget(CastTarget(counted, precise))
     evaluations_before = _evaluations(method)
@@ -109,7 +109,8 @@ def sample(
         answer = run(task, method)
     chosen = {**record_options(options, device=place, record=record, resumed=resume), **answer.choices}
     chosen["checksum"] = checksum(answer.particles.x, answer.particles.log_weight)
-    findings = [Finding("warning", text, "Particles there have weight zero.") for text in warnings]
+    remedy = "Particles there have weight zero."
+    findings = [Finding(level, text, remedy) for level, text in remarks]  # type: ignore[arg-type]
     findings += answer.findings
     findings += [] if choices is None else _comparison(choices, chosen)
     evaluations = task.evaluations if _counts(method, since=evaluations_before) else 0

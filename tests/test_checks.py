@@ -8,6 +8,7 @@ import torch
 import diffsampler as ds
 from diffsampler import targets
 from diffsampler.checks import check_points, check_target, differing_point, working_dtype
+from diffsampler.pilot.reference import student_t
 from diffsampler.target import CountedTarget, Target
 
 CPU = torch.device("cpu")
@@ -65,9 +66,19 @@ def test_working_dtype():
 
 def test_some_points_without_density_are_a_warning():
     target = wrap(lambda x: gaussian(x).masked_fill(x[..., 0] > 1.0, -torch.inf))
-    (warning,) = check_target(target)
-    assert "log_prob is -inf at" in warning
-    assert "of 16 starting points, first at [" in warning
+    ((level, text),) = check_target(target)
+    assert level == "warning"
+    assert "log_prob is -inf at" in text
+    assert "of 16 starting points, first at [" in text
+
+
+@pytest.mark.parametrize(("edge", "level"), [(1.2, "note"), (0.0, "warning")])
+def test_what_data_exclude_of_a_prior_is_a_note_unless_it_is_much(edge, level):
+    prior = student_t(torch.zeros(2), torch.ones(2))
+    target = wrap(lambda x: gaussian(x).masked_fill(x[..., 0] > edge, -torch.inf), prior=prior)
+    ((found, text),) = check_target(target)
+    assert found == level
+    assert "log_prob is -inf at" in text
 
 
 def test_long_points_are_shortened():

@@ -17,6 +17,7 @@ from pyro.infer.mcmc.util import initialize_model
 from diffsampler.baselines.pyro_nuts import PyroNUTS
 from diffsampler.integrations import examples as posteriors
 from diffsampler.integrations.pyro import PyroTarget, nuts, sample_prior
+from diffsampler.integrations.pyro_laws import law_log_prob
 
 SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 EFFECT = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
@@ -350,10 +351,43 @@ def test_branching_model_runs_in_a_loop_after_one_warning_that_says_where():
 def test_model_that_reads_a_number_out_of_a_tensor_runs_in_a_loop():
     def model():
         a = pyro.sample("a", dist.HalfNormal(1.0))
-        pyro.sample("b", dist.Normal(a.item(), 1.0))
+        pyro.sample("b", dist.Normal(a, 2.0 if a.item() > 1.0 else 1.0))
 
     with pytest.warns(UserWarning, match=r"takes .item\(\) of a sampled value"):
         assert PyroTarget(model).log_prob(points(3, 2)).shape == (3,)
+
+
+@pytest.mark.parametrize("cut", [lambda a: a.item(), lambda a: a.detach(), lambda a: torch.as_tensor(a.tolist())])
+@pytest.mark.filterwarnings("ignore:.*Python loop over points")
+def test_model_that_cuts_its_gradient_is_refused_by_the_site_at_fault(cut):
+    def model():
+        pyro.sample("whole", dist.Normal(0.0, 1.0))
+        a = pyro.sample("cut", dist.HalfNormal(1.0))
+        pyro.sample("b", dist.Normal(cut(a), 1.0))
+
+    with pytest.raises(ValueError, match=r"gradient of the log density to follow latent site 'cut'; .* torch\.where"):
+        PyroTarget(model)
+
+
+def test_multinomial_counts_are_a_batch():
+    counts = torch.tensor([[3.0, 0.0, 2.0], [1.0, 4.0, 0.0]])
+
+    def model():
+        shares = pyro.sample("shares", dist.Dirichlet(torch.ones(3)))
+        with pyro.plate("table", 2):
+            pyro.sample("counts", dist.Multinomial(5, probs=shares, validate_args=False), obs=counts)
+
+    target = PyroTarget(model)
+    assert target.vectorized
+    x = points(7, 2)
+    shares = target.constrain(x)["shares"]
+    expected = torch.stack(
+        [torch.distributions.Multinomial(5, probs=s).log_prob(counts.double()).sum() for s in shares]
+    )
+    torch.testing.assert_close(target.log_likelihood(x), expected)
+    certain = dist.Multinomial(5, logits=torch.tensor([0.0, -math.inf]), validate_args=False)
+    assert float(law_log_prob(certain, torch.tensor([5.0, 0.0]))) == 0.0
+    assert float(law_log_prob(certain, torch.tensor([4.0, 1.0]))) == -math.inf
 
 
 def test_other_failures_of_vmap_are_quoted():

@@ -111,6 +111,25 @@ def logistic(features, y):
     pyro.sample("y", dist.Bernoulli(logits=features @ beta).to_event(1), obs=y)
 
 
+def twice():
+    """Both sites have one name, by mistake."""
+    pyro.sample("mean", dist.Normal(0.0, 1.0))
+    mean = pyro.sample("mean", dist.Normal(5.0, 1.0))
+    pyro.sample("y", dist.Normal(mean, 1.0).expand([3]).to_event(1), obs=DATA)
+
+
+def numbered():
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    for i in pyro.plate("data", 3):
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=DATA[i])
+
+
+def detached():
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    pyro.sample("y", dist.Normal(mean, 0.5 + scale.detach()).expand([3]).to_event(1), obs=DATA)
+
+
 def item():
     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
     pyro.sample("y", dist.Normal(mean.item(), 1.0).expand([3]).to_event(1), obs=DATA)
@@ -178,7 +197,14 @@ MODELS = {
         ValueError,
         r"improper: along the direction \[1\] .* Give flat directions a proper prior",
     ),
-    "value taken out of the graph": (sampled(item), ValueError, r"Expected score to be the gradient of log_prob"),
+    "value taken out of the graph": (
+        built(item),
+        ValueError,
+        r"gradient of the log density to follow latent site 'mean'; .* instead of \.item\(\)",
+    ),
+    "value detached": (built(detached), ValueError, r"gradient of the log density to follow latent site 'scale'"),
+    "two latent sites of one name": (built(twice), ValueError, r"a name of its own; got two named 'mean'"),
+    "one name for all data of a loop": (built(numbered), ValueError, r"got two named 'y'\. .*y_\{i\}"),
 }
 
 

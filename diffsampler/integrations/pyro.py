@@ -25,6 +25,7 @@ from torch import Tensor
 from diffsampler.integrations.pyro_checks import (
     check_batch,
     check_density,
+    check_gradient,
     draw_plan,
     flatten,
     layout,
@@ -106,8 +107,8 @@ class PyroTarget(Target):
 
     Raises:
         ValueError: If the model has no continuous latent site, a discrete one that cannot be summed out, one without a
-            bijection or without a density, random minibatches, sites that differ between runs, or no prior draw with a
-            finite density.
+            bijection or without a density, two of one name, random minibatches, sites that differ between runs, no
+            prior draw with a finite density, or a density whose gradient is cut.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -129,6 +130,7 @@ class PyroTarget(Target):
         points = torch.stack([flatten(traced.sites, draw.latents) for draw in draws])
         check_density(traced, points)
         check_batch(traced, points)
+        check_gradient(traced, points)
         proper = all(latent.proper for latent in latents.values()) and not draws[0].tempered
         prior = PyroPrior(traced, latents) if proper else None
         super().__init__(Euclidean(points.shape[1]), prior=prior)

@@ -153,11 +153,13 @@ class Draw(Messenger):
         self.depth = 0
         self.tempered = False
         self.deterministic: dict[str, tuple[int, ...]] = {}
+        self.names: set[str] = set()
 
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
             _refuse_minibatch(msg)
             return
+        self._name(msg["name"])
         if msg["is_observed"]:
             return
         name, fn = msg["name"], msg["fn"]
@@ -183,6 +185,15 @@ class Draw(Messenger):
         msg["done"] = True
         if len(self.latents) == self.num_sites:
             raise Complete
+
+    def _name(self, name: str) -> None:
+        """Two sites of one name would share one value, or hide each other from the result."""
+        if name in self.names:
+            raise ValueError(
+                f"Expected every sample site to have a name of its own; got two named {name!r}. In a loop, number "
+                f'them: pyro.sample(f"{name}_{{i}}", ...), or use a plate that is not iterated over.'
+            )
+        self.names.add(name)
 
     def _draw_discrete(self, msg: Any) -> None:
         """A draw, or any value once all continuous sites are given: their supports do not depend on it."""

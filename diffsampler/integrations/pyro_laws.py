@@ -31,7 +31,8 @@ def law_log_prob(fn: Any, value: Tensor) -> Tensor:
     r"""Log density of a law; with validation on, its own.
 
     The binary cross entropy that ``Bernoulli`` calls falls apart into forty operations under ``vmap``. Here it is
-    :math:`y l + \log\sigma(-l)` for logits :math:`l`.
+    :math:`y l + \log\sigma(-l)` for logits :math:`l`. That of ``Multinomial`` writes at indices that depend on values,
+    which ``vmap`` refuses; here :math:`0 \cdot (-\infty) = 0` is a choice between two values.
     """
     if fn._validate_args:
         return cast(Tensor, fn.log_prob(value))
@@ -39,6 +40,9 @@ def law_log_prob(fn: Any, value: Tensor) -> Tensor:
         return sum_rightmost(law_log_prob(fn.base_dist, value), fn.reinterpreted_batch_ndims)
     if isinstance(fn, torch.distributions.Bernoulli):
         return value * fn.logits + torch.nn.functional.logsigmoid(-fn.logits)
+    if isinstance(fn, torch.distributions.Multinomial):
+        ways = (value.sum(-1) + 1.0).lgamma() - (value + 1.0).lgamma().sum(-1)
+        return ways + (value * torch.where(value == 0.0, 0.0, fn.logits)).sum(-1)
     return cast(Tensor, fn.log_prob(value))
 
 
