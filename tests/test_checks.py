@@ -72,7 +72,7 @@ def test_some_points_without_density_are_a_warning():
     assert "of 16 starting points, first at [" in text
 
 
-@pytest.mark.parametrize(("edge", "level"), [(1.2, "note"), (0.0, "warning")])
+@pytest.mark.parametrize(("edge", "level"), [(1.0, "note"), (0.0, "warning")])
 def test_what_data_exclude_of_a_prior_is_a_note_unless_it_is_much(edge, level):
     prior = student_t(torch.zeros(2), torch.ones(2))
     target = wrap(lambda x: gaussian(x).masked_fill(x[..., 0] > edge, -torch.inf), prior=prior)
