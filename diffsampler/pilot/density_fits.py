@@ -1,6 +1,7 @@
 r"""Fit reference densities to draws by expectation maximisation.
 
 * :func:`fit_gaussian_mixture`: full covariances, number of components by held-out likelihood;
+* :func:`fit_student_t`: one Student-t law with full scale;
 * :func:`fit_product`: one-dimensional Student-t mixtures, all coordinates at once;
 * :func:`stack`: weights of given densities by held-out likelihood, with floors.
 
@@ -18,10 +19,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffsampler.pilot.reference import EllipticalMixture, ProductMixture, Stacked
+from diffsampler.pilot.reference import EllipticalMixture, ProductMixture, Stacked, student_t
 from diffsampler.target import Target
 
-__all__ = ["fit_gaussian_mixture", "fit_product", "stack"]
+__all__ = ["fit_gaussian_mixture", "fit_product", "fit_student_t", "stack"]
 
 
 # In robust standard deviations.
@@ -130,6 +131,32 @@ def fit_gaussian_mixture(
     return EllipticalMixture(
         shift + scale * best.mean, inflate * scale.unsqueeze(-1) * best.scale, best.log_weight, df=df
     )
+
+
+def fit_student_t(x: Tensor, *, df: float, iterations: int = 40) -> EllipticalMixture:
+    """Multivariate Student-t law of given degrees of freedom by EM, started at medians and quantiles.
+
+    Arguments:
+        x: Draws, shape ``(n, D)``.
+        df: Degrees of freedom, a positive integer.
+        iterations: EM iterations.
+    """
+    n, dim = x.shape
+    shift, spread = x.median(0).values, _robust_scale(x)
+    u = (x - shift) / spread
+    mean, eye = torch.zeros_like(shift), torch.eye(dim, dtype=x.dtype, device=x.device)
+    tril = eye
+    for _ in range(iterations):
+        delta = u - mean
+        square = torch.linalg.solve_triangular(tril, delta.mT, upper=False).square().sum(0)
+        weight = (df + dim) / (df + square)
+        mean = weight @ u / weight.sum()
+        cov = (weight * delta.mT) @ delta / n
+        # Few draws: shrink to the diagonal, as for the components of a mixture.
+        keep = n / (n + dim + 2.0)
+        cov = keep * cov + (1.0 - keep) * torch.diag(cov.diagonal()) + 1e-9 * eye
+        tril = torch.linalg.cholesky(cov)
+    return student_t(shift + spread * mean, spread.unsqueeze(-1) * tril, df=df)
 
 
 def fit_product(x: Tensor, *, num_components: int = 3, df: float = 5.0, iterations: int = 40) -> ProductMixture:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from diffsampler.pilot.density_fits import fit_gaussian_mixture, fit_product, stack
+from diffsampler.pilot.density_fits import fit_gaussian_mixture, fit_product, fit_student_t, stack
 from diffsampler.pilot.modes import ModeSet
 from diffsampler.pilot.profile import Profile, drivers, profile_from_draws
 from diffsampler.pilot.reference import EllipticalMixture, ProductMixture, Stacked, student_t
 from diffsampler.pilot.search import MeanFieldFits
+from diffsampler.pilot.tails import WIDE_DF, Tails
 from diffsampler.pilot.transport import AffineMap, PulledBack, TransportMap, TriangularMap, fit_affine
 from diffsampler.pilot.transport_fit import fit_transport, fit_triangular, typical_gain
 from diffsampler.target import Target
@@ -63,6 +64,7 @@ class Knowledge:
         wide: Widest plausible law, a Student-t, or None before a search.
         product: Product of the marginals of the fits, or None. It recombines coordinates: with two sides found in
             each of ``D`` coordinates it covers all ``2^D`` modes.
+        tails: How slowly the density falls.
     """
 
     fits: MeanFieldFits | None = None
@@ -70,6 +72,7 @@ class Knowledge:
     prior: Target | None = None
     wide: EllipticalMixture | None = None
     product: ProductMixture | None = None
+    tails: Tails = field(default_factory=Tails)
 
     def components(self) -> dict[str, tuple[Target, float]]:
         """Component and smallest weight, by name."""
@@ -93,14 +96,14 @@ def variational(fits: MeanFieldFits) -> EllipticalMixture:
     return EllipticalMixture(fits.location, 1.3 * fits.scale, weight.log(), df=3.0)
 
 
-def wide_law(fits: MeanFieldFits) -> EllipticalMixture:
-    """Student-t(3) law at twice the pooled spread of the fits, covariance shrunk half-way to its diagonal."""
+def wide_law(fits: MeanFieldFits, *, df: float = WIDE_DF) -> EllipticalMixture:
+    """Student-t law at twice the pooled spread of the fits, covariance shrunk half-way to its diagonal."""
     mean, spread = fits.pooled()
     centred = (fits.location - mean) / spread
     within = torch.diag((fits.scale / spread).square().mean(0))
     cov = centred.mT @ centred / len(fits) + within
     cov = 0.5 * cov + 0.5 * torch.diag(cov.diagonal())
-    return student_t(mean, 2.0 * spread.unsqueeze(-1) * torch.linalg.cholesky(cov), df=3.0)
+    return student_t(mean, 2.0 * spread.unsqueeze(-1) * torch.linalg.cholesky(cov), df=df)
 
 
 def _diagonal_map(mean: Tensor, spread: Tensor) -> AffineMap:
@@ -151,6 +154,17 @@ def _stacked(
     kept = {name: part for (name, part), w in zip(parts.items(), weight.tolist(), strict=True) if w >= smallest}
     reference = reference.pruned(smallest)
     return Guide(transport, reference, _weights(kept, reference), tuple(profiles))
+
+
+def _heavy(x: Tensor, tails: Tails) -> dict[str, Target]:
+    """Laws that fall as slowly as the density, where the usual references do not bound its weights."""
+    parts: dict[str, Target] = {}
+    df = tails.product_df(x.shape[1])
+    if df is not None:
+        parts["product heavy"] = fit_product(x, df=df)
+    if tails.elliptical_df() < WIDE_DF:
+        parts["elliptical heavy"] = fit_student_t(x, df=tails.elliptical_df())
+    return parts
 
 
 def _extended(x: Tensor, profiles: list[Profile], *, generator: torch.Generator | None) -> Tensor:
@@ -228,6 +242,7 @@ def refit_guide(
     )
     if dim > 1:
         parts["product"] = (PulledBack(fit_product(x), transport), 0.0)
+    parts |= {name: (PulledBack(part, transport), 0.1) for name, part in _heavy(x, knowledge.tails).items()}
     for profile in found:
         # The first is exact where conditionals are Gaussian, the second is there for the case that they are not.
         parts[f"profile {profile.index}"] = (PulledBack(profile.mixture(df=math.inf, inflate=1.0), transport), 0.05)

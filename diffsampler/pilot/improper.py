@@ -16,7 +16,7 @@ from torch import Tensor
 from diffsampler.pilot.search import MeanFieldFits
 from diffsampler.target import Target
 
-__all__ = ["TailReport", "probe_tails", "ray_directions"]
+__all__ = ["TailReport", "probe_tails", "ray_directions", "ray_slopes"]
 
 RUNAWAY = 25.0
 NEAR, FAR = 1e4, 1e6
@@ -80,11 +80,11 @@ def ray_directions(target: Target, fits: MeanFieldFits, *, generator: torch.Gene
     return rays / rays.norm(dim=-1, keepdim=True)
 
 
-def _slow(target: Target, base: Tensor, rays: Tensor, power: float) -> Tensor:
-    r"""Fraction of points from which ``log_prob`` falls no faster than ``t^-power`` along ``+-rays``, ``(rays, 2)``.
+def ray_slopes(target: Target, base: Tensor, rays: Tensor, *, power: float) -> Tensor:
+    r"""Slopes ``d log_prob / d log t`` far out, from points ``base (n, D)`` along ``+-rays (m, D)``: ``(n, m, 2)``.
 
-    The slope counts between two far distances, and only where the level has not dropped before: a curved density that
-    climbs out of an absurd depth is not heavy-tailed.
+    A slope counts only where the level has not dropped below that of a tail ``t^-power`` before (else it is ``-inf``):
+    a curved density that climbs out of an absurd depth is not heavy-tailed.
     """
     signed = torch.stack([rays, -rays], 1)
     with torch.no_grad():
@@ -93,8 +93,13 @@ def _slow(target: Target, base: Tensor, rays: Tensor, power: float) -> Tensor:
         far = target.log_prob(base[:, None, None] + FAR * signed).double()
     slope = (far - near) / math.log(FAR / NEAR)
     shallow = near > level - 1.5 * power * math.log(NEAR) - 20.0
-    slow = (torch.isfinite(slope) & (slope > -power - TOLERANCE) & shallow) | (far == math.inf)
-    return slow.double().mean(0)
+    slope = torch.where(torch.isfinite(slope) & shallow, slope, -math.inf)
+    return torch.where(far == math.inf, math.inf, slope)
+
+
+def _slow(target: Target, base: Tensor, rays: Tensor, power: float) -> Tensor:
+    """Fraction of points from which ``log_prob`` falls no faster than ``t^-power`` along ``+-rays``, ``(rays, 2)``."""
+    return (ray_slopes(target, base, rays, power=power) > -power - TOLERANCE).double().mean(0)
 
 
 def probe_tails(

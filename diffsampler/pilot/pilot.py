@@ -40,6 +40,7 @@ from diffsampler.pilot.passes import Job, adaptive_pass, agree, repeat_passes, s
 from diffsampler.pilot.record import Meter, Pass, PilotResult
 from diffsampler.pilot.reference import EllipticalMixture
 from diffsampler.pilot.search import MeanFieldFits, multistart, spread_over
+from diffsampler.pilot.tails import probe_degrees
 from diffsampler.pilot.transport import PulledBack
 from diffsampler.space import Euclidean
 from diffsampler.target import CountedTarget, Target
@@ -186,7 +187,8 @@ def _knowledge(
     job: Job, target: Target, fits: MeanFieldFits, modes: ModeSet, report: SearchReport, prior: Target | None
 ) -> Knowledge:
     generator = job.generator
-    wide = wide_law(fits)
+    tails = probe_degrees(target, fits)
+    wide = wide_law(fits, df=tails.elliptical_df())
     if report.continuum:
         share = share_of(job, target, batch=480, share=0.08, usual=SPREAD_COST)
         starts = max(3, int(24 * share))
@@ -205,7 +207,7 @@ def _knowledge(
     if len(fits) > 1 and target.dim > 1:
         law = EllipticalMixture(fits.location, 1.1 * fits.scale, df=5.0)
         product = fit_product(law.sample(4096, generator=generator))
-    return Knowledge(fits, listed, prior, wide, product)
+    return Knowledge(fits, listed, prior, wide, product, tails)
 
 
 def _on_space(job: Job) -> PilotResult:
