@@ -197,8 +197,11 @@ def _whole(name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:
 class PeriodicMLP(nn.Module):
     r"""An MLP on angles: it sees :math:`\sin m\theta, \cos m\theta` for :math:`m = 1 \dots M`, so its period is exact.
 
+    Real coordinates may come before the angles and are seen as they are.
+
     Arguments:
         angles: Number of angles.
+        line: Number of real coordinates.
         generator: Source of the initial parameters.
         harmonics: Number of harmonics ``M``; torsion potentials have up to six.
         width: Width of the hidden layers.
@@ -208,15 +211,27 @@ class PeriodicMLP(nn.Module):
     order: Tensor
 
     def __init__(
-        self, angles: int, *, generator: torch.Generator, harmonics: int = 3, width: int = 64, depth: int = 2
+        self,
+        angles: int,
+        *,
+        generator: torch.Generator,
+        line: int = 0,
+        harmonics: int = 3,
+        width: int = 64,
+        depth: int = 2,
     ) -> None:
         super().__init__()
-        if angles < 1 or harmonics < 1:
-            raise ValueError(f"Expected angles >= 1 and harmonics >= 1; got {angles} and {harmonics}.")
+        if angles < 1 or harmonics < 1 or line < 0:
+            raise ValueError(
+                f"Expected angles >= 1, harmonics >= 1 and line >= 0; got {angles}, {harmonics} and {line}."
+            )
         self.register_buffer("order", torch.arange(1, harmonics + 1))
-        self.net = FourierMLP(2 * harmonics * angles, angles, generator=generator, width=width, depth=depth)
+        self.line = line
+        self.net = FourierMLP(
+            line + 2 * harmonics * angles, line + angles, generator=generator, width=width, depth=depth
+        )
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """Evaluate at times ``t (...)`` and angles ``x (..., m)``, wrapped or not."""
-        turn = (x.unsqueeze(-1) * self.order).flatten(-2)
-        return self.net(t, torch.cat([turn.sin(), turn.cos()], -1))
+        """Evaluate at times ``t (...)`` and points ``x (..., line + m)``, angles wrapped or not."""
+        turn = (x[..., self.line :].unsqueeze(-1) * self.order).flatten(-2)
+        return self.net(t, torch.cat([x[..., : self.line], turn.sin(), turn.cos()], -1))

@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Reference", "constant", "edm", "geometric", "variance_preserving"]
+__all__ = ["Reference", "constant", "edm", "geometric", "product", "variance_preserving"]
 
 
 class Reference(NamedTuple):
@@ -42,26 +42,34 @@ class Reference(NamedTuple):
     time: Tensor
     """Times ``t_k``, from 0 to 1, shape ``(K + 1,)``."""
     contraction: Tensor
-    """``kappa_k``, shape ``(K,)``."""
+    """``kappa_k``, shape ``(K,)``, or ``(K, B)`` for the factors of a product of spaces."""
     variance: Tensor
-    """``v_k``, shape ``(K,)``."""
+    """``v_k``, likewise."""
 
     @property
     def num_steps(self) -> int:
         """Number of steps ``K``."""
         return len(self.variance)
 
+    def in_columns(self) -> Reference:
+        """The same chain with a column for each factor, ``(K, 1)`` if there is one."""
+        if self.variance.ndim == 2:
+            return self
+        return Reference(self.time, self.contraction.unsqueeze(-1), self.variance.unsqueeze(-1))
+
     def from_start(self) -> tuple[Tensor, Tensor]:
-        r""":math:`\kappa_{0k}` and :math:`\Sigma_{0k}`, each ``(K + 1,)``."""
-        scale, level = [self.variance.new_ones(())], [self.variance.new_zeros(())]
+        r""":math:`\kappa_{0k}` and :math:`\Sigma_{0k}`, each ``(K + 1,)`` or ``(K + 1, B)``."""
+        shape = self.variance.shape[1:]
+        scale, level = [self.variance.new_ones(shape)], [self.variance.new_zeros(shape)]
         for a, v in zip(self.contraction, self.variance, strict=True):
             scale.append(scale[-1] * a)
             level.append(a.square() * level[-1] + v)
         return torch.stack(scale), torch.stack(level)
 
     def to_end(self) -> tuple[Tensor, Tensor]:
-        r""":math:`\kappa_{kK}` and :math:`\Sigma_{kK}`, each ``(K + 1,)``."""
-        scale, level = [self.variance.new_ones(())], [self.variance.new_zeros(())]
+        r""":math:`\kappa_{kK}` and :math:`\Sigma_{kK}`, each ``(K + 1,)`` or ``(K + 1, B)``."""
+        shape = self.variance.shape[1:]
+        scale, level = [self.variance.new_ones(shape)], [self.variance.new_zeros(shape)]
         for a, v in zip(self.contraction.flip(0), self.variance.flip(0), strict=True):
             level.append(level[-1] + scale[-1].square() * v)
             scale.append(scale[-1] * a)
@@ -172,6 +180,15 @@ def variance_preserving(
     t = _times(num_steps, time)
     spent = (beta_start * t + 0.5 * (beta_end - beta_start) * t.square()).diff()
     return Reference(t, torch.exp(-0.5 * spent), -(scale**2) * torch.expm1(-spent))
+
+
+def product(*factors: Reference) -> Reference:
+    """Independent chains on the factors of a product of spaces, over the same times."""
+    columns = [factor.in_columns() for factor in factors]
+    if not columns or any(not torch.equal(other.time, columns[0].time) for other in columns[1:]):
+        raise ValueError("Expected references over the same times.")
+    contraction = torch.cat([factor.contraction for factor in columns], -1)
+    return Reference(columns[0].time, contraction, torch.cat([factor.variance for factor in columns], -1))
 
 
 def _driftless(

@@ -8,6 +8,7 @@ degrees of freedom:
 * ``MeanFree(n, d)``: ``n`` points in ``d`` dimensions whose centre of mass is zero, a hyperplane of
   :math:`\mathbb{R}^{nd}` with :math:`(n-1)d` degrees of freedom.
 * ``Torus(m)``: ``m`` angles in :math:`[-\pi, \pi)`; a "Gaussian" there is the wrapped normal law.
+* ``EuclideanTorus(n, m)``: ``n`` real numbers and then ``m`` angles.
 
 Log densities are accumulated in float64 whatever the dtype of the particles.
 """
@@ -21,7 +22,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-__all__ = ["Euclidean", "MeanFree", "Space", "Torus"]
+__all__ = ["Euclidean", "EuclideanTorus", "MeanFree", "Space", "Torus"]
 
 LOG_2PI = math.log(2.0 * math.pi)
 
@@ -160,6 +161,38 @@ class Torus(Space):
         wrapped = torch.logsumexp(-0.5 * square, -1) - 0.5 * (LOG_2PI + safe.log())
         log_prob = torch.where(wide, torch.full_like(wrapped, -LOG_2PI), wrapped)
         return torch.where(variance == 0, torch.zeros_like(log_prob), log_prob).sum(-1)
+
+
+@final
+class EuclideanTorus(Space):
+    r""":math:`\mathbb{R}^n \times [-\pi, \pi)^m` with Lebesgue measure: lengths and angles of a molecule, say.
+
+    Arguments:
+        n: Number of real coordinates, which come first.
+        m: Number of angles.
+    """
+
+    def __init__(self, n: int, m: int) -> None:
+        if n < 1 or m < 1:
+            raise ValueError(f"Expected real coordinates and angles; got n={n} and m={m}.")
+        super().__init__(n + m, n + m, n + 2 * m)
+        self.n = n
+        self.m = m
+
+    def project(self, x: Tensor) -> Tensor:
+        return torch.cat([x[..., : self.n], Torus(self.m).project(x[..., self.n :])], -1)
+
+    def project_vector(self, v: Tensor) -> Tensor:
+        return v
+
+    def features(self, x: Tensor) -> Tensor:
+        return torch.cat([x[..., : self.n], Torus(self.m).features(x[..., self.n :])], -1)
+
+    def log_gaussian(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        variance = variance.expand(*variance.shape[:-1], self.dim)
+        line, circle = variance[..., : self.n], variance[..., self.n :]
+        log_line = Euclidean(self.n).log_gaussian(x[..., : self.n], mean[..., : self.n], line)
+        return log_line + Torus(self.m).log_gaussian(x[..., self.n :], mean[..., self.n :], circle)
 
 
 def _log_normal(delta: Tensor, variance: Tensor, dof: int) -> Tensor:

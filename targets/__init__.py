@@ -8,6 +8,7 @@ from diffsampler.targets.alanine_dipeptide import AlanineDipeptide as AlanineDip
 from diffsampler.targets.alanine_dipeptide import AlanineDipeptideInternal as AlanineDipeptideInternal
 from diffsampler.targets.alanine_dipeptide import AlanineModel as AlanineModel
 from diffsampler.targets.brownian import BrownianMotion as BrownianMotion
+from diffsampler.targets.circular_molecule import CircularMolecule as CircularMolecule
 from diffsampler.targets.double_well_particles import DoubleWell4 as DoubleWell4
 from diffsampler.targets.eight_schools import EightSchools as EightSchools
 from diffsampler.targets.fluid import LennardJonesFluid as LennardJonesFluid

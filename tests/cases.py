@@ -16,14 +16,14 @@ from diffsampler.methods.dis import DISProcess
 from diffsampler.methods.gbs import GBSProcess
 from diffsampler.methods.gfn import GFNProcess
 from diffsampler.methods.pis import PISProcess
-from diffsampler.methods.reference_process import GaussianStart, ReferenceProcess
+from diffsampler.methods.reference_process import GaussianStart, ReferenceProcess, UniformStart
 from diffsampler.methods.underdamped import UnderdampedProcess
 from diffsampler.priors import MixturePrior
 from diffsampler.process import Process
 from diffsampler.reference import Reference, edm, geometric
 from diffsampler.reference import variance_preserving as preserving_reference
 from diffsampler.schedule import cosine_preserving, variance_exploding, variance_preserving
-from diffsampler.space import MeanFree, Space, Torus
+from diffsampler.space import EuclideanTorus, MeanFree, Space, Torus
 from diffsampler.target import Target
 
 F64 = torch.float64
@@ -65,6 +65,20 @@ class VonMises(Target):
         return self.space.project(self.mean + angle.gather(-1, first).squeeze(-1))
 
 
+class Hinge(Target):
+    """A coordinate on a line whose mean follows an angle, and the angle's von Mises law."""
+
+    def __init__(self, *, kappa: float = 1.5, mean: float = 2.5) -> None:
+        bessel = torch.special.i0(torch.tensor(kappa, dtype=F64)).log().item()
+        super().__init__(EuclideanTorus(1, 1), log_normalizer=1.5 * math.log(2.0 * math.pi) + bessel)
+        self.kappa = kappa
+        self.mean = mean
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        line, angle = x.unbind(-1)
+        return self.kappa * torch.cos(angle - self.mean) - 0.5 * (line - angle.sin()).square()
+
+
 def gaussian() -> targets.Gaussian:
     return targets.Gaussian([0.4, -0.3], scale=[0.8, 1.1], log_normalizer=0.7)
 
@@ -93,8 +107,14 @@ def dis(space: Space, num_steps: int, *, exploding: bool, learn_variance: bool) 
 
 
 def controlled(space: Space, reference: Reference, *, start: float | None = None) -> ReferenceProcess:
-    """A controlled reference chain from a point, or from a Gaussian of a given scale."""
-    law = None if start is None else GaussianStart(space, scale=start)
+    """A controlled reference chain from a point, or from a Gaussian of a given scale (from uniform angles)."""
+    law = (
+        None
+        if start is None
+        else UniformStart(space)
+        if isinstance(space, Torus)
+        else GaussianStart(space, scale=start)
+    )
     return ReferenceProcess(space, reference, start=law, width=16)
 
 
@@ -134,6 +154,7 @@ TORUS = (
     "ucmcd_local",
     "uha",
     "as",
+    "asbs",
     "dis_exploding",
     "dis_exploding_fixed",
 )

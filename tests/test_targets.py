@@ -45,6 +45,7 @@ VARIANTS = {
     "cauchy": lambda: targets.StudentT(dim=2, df=1.0),
     "eight_schools_noncentered": lambda: targets.EightSchools(centered=False),
     "logistic": logistic_regression,
+    "alanine_dipeptide_circular": lambda: targets.CircularMolecule(targets.AlanineDipeptideInternal().target),
     "lennard_jones_core": lambda: targets.LennardJones(8, core=0.9),
     "fluid_in_space": lambda: targets.LennardJonesFluid(9, d=3, density=0.5),
     "phi4_chain": lambda: targets.PhiFour((12,), hopping=0.4),

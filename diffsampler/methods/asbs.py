@@ -24,10 +24,11 @@ from __future__ import annotations
 from typing import Any, final
 
 from diffsampler.methods.matching import Matching, PathDivergence
-from diffsampler.methods.reference_process import GaussianStart, ReferenceProcess, Start
+from diffsampler.methods.reference_process import GaussianStart, ReferenceProcess, Start, UniformStart
 from diffsampler.objective import Objective
 from diffsampler.reference import Reference, geometric
 from diffsampler.sampler import DiffusionSampler
+from diffsampler.space import EuclideanTorus, Torus
 from diffsampler.target import Target
 
 __all__ = ["ASBS"]
@@ -44,7 +45,7 @@ class ASBS(DiffusionSampler):
         target: The density to sample.
         num_steps: Number of steps ``K``.
         objective: A loss of weights that trains the same chain on its own paths, in place of matching.
-        start: The start law in place of an isotropic Gaussian.
+        start: The start law in place of an isotropic Gaussian with uniform angles.
         scale: Standard deviation of that Gaussian.
         reference: The reference in place of a geometric one.
         sigma_min: Noise still to come near the end of the geometric reference.
@@ -67,8 +68,9 @@ class ASBS(DiffusionSampler):
         lesson: Matching | None = None,
         **options: Any,
     ) -> None:
+        circular = isinstance(target.space, Torus | EuclideanTorus)
         if start is None:
-            start = GaussianStart(target.space, scale=scale)
+            start = UniformStart(target.space, scale=scale) if circular else GaussianStart(target.space, scale=scale)
         if reference is None:
             reference = geometric(num_steps, sigma_min=sigma_min, sigma_max=sigma_max)
         process = ReferenceProcess(target.space, reference, start=start, **options)

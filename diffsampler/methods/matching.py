@@ -58,7 +58,7 @@ from diffsampler.networks import clip
 from diffsampler.objective import Objective
 from diffsampler.process import Process
 from diffsampler.sources import Draw
-from diffsampler.space import MeanFree, Space, Torus
+from diffsampler.space import EuclideanTorus, MeanFree, Space, Torus
 from diffsampler.target import ForwardingTarget, Target
 from diffsampler.trajectory import Trajectory, simulate
 
@@ -92,6 +92,10 @@ class Stages(NamedTuple):
 
 def clip_vectors(space: Space, v: Tensor, bound: float) -> Tensor:
     """Shorten tangent vectors ``(..., D)`` to ``bound``: each particle's own, each angle, or the whole in Euclid's."""
+    if isinstance(space, EuclideanTorus):
+        line, angles = v.split((space.n, space.m), -1)
+        line = line * (bound / line.norm(dim=-1, keepdim=True)).clamp(max=1.0)
+        return torch.cat([line, angles.clamp(-bound, bound)], -1)
     size = space.d if isinstance(space, MeanFree) else 1 if isinstance(space, Torus) else space.dim
     parts = v.unflatten(-1, (space.dim // size, size))
     norm = parts.norm(dim=-1, keepdim=True)
@@ -205,7 +209,7 @@ class Matching(Lesson):
         self.reweight = reweight
         self.drawn = EndPoints(capacity)
         self.resampled = EndPoints(capacity)
-        self.moments = torch.empty(3, 0)
+        self.moments = torch.empty(3, 0, 1)
         self.step = 0
         self.latest: Tensor | None = None
         """End states that the last step drew, ``(n, S)``, None if it drew none."""
@@ -241,8 +245,8 @@ class Matching(Lesson):
         score = keeper.kept.to(path.x.dtype)
         if self.clip is not None:
             score = clip_vectors(process.space, score, self.clip)
-        # The winding of an angle is drawn anew, from its law under the reference.
-        last = process.complete(process.point(path.x[-1]), None, generator=use.generator)
+        # The turns of an angle are drawn anew, from their law under the reference.
+        last = process.rejoin(path.x[0], path.x[-1], generator=use.generator)
         kept = path.log_weight.isfinite() & score.isfinite().all(-1) & last.isfinite().all(-1)
         rows, log_weight = torch.stack([path.x[0], last, score], 1)[kept], path.log_weight[kept]
         self.latest = path.x[-1][kept]
@@ -269,32 +273,32 @@ class Matching(Lesson):
             adjoint = ahead * (score - process.terminal_corrector(last))
             bridge = ahead / left * (last - process.at(process.ahead, k) * x)
         control = process.steer(k, x)
-        optimum, rows = adjoint, process.at(process.variance / process.variance.mean(), k).squeeze(-1).pow(self.power)
+        optimum, rows = adjoint, process.at(process.variance / process.variance.mean(), k).pow(self.power)
         with torch.no_grad():
             if aside < size:
-                share = self._share(process, k, adjoint - control, bridge - control, aside).unsqueeze(-1)
+                share = process.spread(self._share(process, k, adjoint - control, bridge - control, aside))
                 optimum = torch.cat([adjoint[:aside], torch.lerp(adjoint, bridge, share)[aside:]])
-                rows = torch.cat([rows[:aside] * (1.0 - share[:aside, 0]), rows[aside:]])
-        loss = (rows * (control - optimum).square().sum(-1)).mean()
+                rows = torch.cat([rows[:aside] * (1.0 - share[:aside]), rows[aside:]])
+        loss = (rows * (control - optimum).square()).sum(-1).mean()
         total = loss
         if process.log_variance.requires_grad:
             v = process.at(process.variance, k)
             with torch.no_grad():
                 # The mean of x_{k+1} given both ends, and what is left over around it.
-                square = v * (bridge - control).square().sum(-1, keepdim=True) / process.space.dof
-                ratio = (square + process.at(process.left, k + 1) / left)[aside % size :]
+                square = process.sums(v * (bridge - control).square()) / v.new_tensor(process.blocks)
+                ratio = (square + (process.left[k + 1] / process.left[k]).to(v))[aside % size :]
             total = total + self._likelihood(process, process.log_variance[k[aside % size :]], ratio)
         (weight * total).backward()
         return loss.item()
 
     def _share(self, process: ReferenceProcess, k: Tensor, a: Tensor, b: Tensor, aside: int) -> Tensor:
-        """Share of the displacement in the combination of least variance, ``(n,)``, from residuals ``(n, D)``.
+        """Share of the displacement in the combination of least variance, ``(n, B)``, from residuals ``(n, D)``.
 
         The moments are those of resampled rows, after the first ``aside``.
         """
-        products = torch.stack([(p * q).sum(-1) for p, q in ((a, a), (b, b), (a, b))])[:, aside:]
+        products = torch.stack([process.sums(p * q) for p, q in ((a, a), (b, b), (a, b))])[:, aside:]
         if self.moments.shape[1] == 0:
-            self.moments = products.mean(-1, keepdim=True).repeat(1, process.num_steps)
+            self.moments = products.mean(1, keepdim=True).repeat(1, process.num_steps, 1)
         count = torch.zeros_like(self.moments[0]).index_add(0, k[aside:], torch.ones_like(products[0]))
         total = torch.zeros_like(self.moments).index_add(1, k[aside:], products)
         moments = torch.lerp(self.moments, total / count.clamp_min(1.0), 1.0 - MEMORY**count)
@@ -316,27 +320,22 @@ class Matching(Lesson):
         scale = (process.at(process.variance, k) / process.at(process.contraction, k)).square() / process.at(
             process.back_variance, k
         )
-        rows = (scale / float(process.variance.mean())).squeeze(-1).pow(self.power)
-        loss = (rows * (corrector - optimum).square().sum(-1)).mean()
+        rows = (scale / float(process.variance.mean())).pow(self.power)
+        loss = (rows * (corrector - optimum).square()).sum(-1).mean()
         total = loss
         variance = process.back_log_variance
         if variance is not None and variance.requires_grad:
             with torch.no_grad():
-                square = scale * (corrector - optimum).square().sum(-1, keepdim=True) / process.space.dof
-                spread = (
-                    process.at(process.variance, k)
-                    * process.at(process.level, k)
-                    / process.at(process.level, after)
-                    / process.at(process.back_variance, k)
-                )
-            total = total + self._likelihood(process, variance[k], square + spread)
+                square = process.sums(scale * (corrector - optimum).square()) / x.new_tensor(process.blocks)
+                spread = process.variance[k] * process.level[k] / process.level[after] / process.back_variance[k]
+            total = total + self._likelihood(process, variance[k], square + spread.to(square))
         (weight * total).backward()
         return loss.item()
 
     def _likelihood(self, process: ReferenceProcess, log_variance: Tensor, ratio: Tensor) -> Tensor:
-        """Negative log likelihood of residuals with mean squares ``ratio (n, 1)``, in units of the variance."""
+        """Negative log likelihood of residuals with mean squares ``ratio (n, B)``, in units of the variance."""
         value = clip(log_variance, LOG_VARIANCE_BOUND)
-        return 0.5 * process.space.dof * (value + ratio * (-value).exp()).mean()
+        return 0.5 * (value.new_tensor(process.blocks) * (value + ratio * (-value).exp())).sum(-1).mean()
 
     def made(self, use: Draw) -> None:
         self.step += 1

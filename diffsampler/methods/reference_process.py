@@ -15,10 +15,14 @@ of the bridge's own transitions, for any step size. What a step of finite size c
 
 * The corrector is the uncontrolled chain's, :math:`h = -x / s_k` for an isotropic start at the origin, plus a network
   that starts at zero. From a point the first part is all there is, and the way back is a bridge to the point.
-* On a torus the state is the angle before wrapping. Terminal angles are lifted by the law of the winding number under
-  the reference, which makes the weight that of Girsanov on the torus (:math:`W` is the wrapped normal law),
+* On a torus the state is the angle before wrapping. From a point, terminal angles are lifted by the law of the winding
+  number under the reference, which makes the weight that of Girsanov on the torus (:math:`W`: the wrapped normal law),
 
   .. math:: \log w = \log\rho(\theta) - \log W(\theta; \Sigma_{0K}) + \sum_k [\log N(x_{k+1}; x_k, v_k) - \log F_k].
+
+  From uniform angles nothing is lifted: a path is its first angle and its increments, both kernels give increments that
+  depend on the angle alone, and :math:`\log w = \log\rho(\theta) - \log\mu + \sum_k [\log B_k - \log F_k]`.
+* On a product of a line and a torus each factor has a reference of its own (:func:`~diffsampler.reference.product`).
 
 References:
     Adjoint sampling: highly scalable diffusion samplers via adjoint matching (Havens et al., 2025),
@@ -29,166 +33,38 @@ References:
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from diffsampler.equivariant import PeriodicMLP
+from diffsampler.methods.starts import GaussianStart, HarmonicStart, PointStart, Start, UniformStart
 from diffsampler.networks import FourierMLP, clip
 from diffsampler.process import Gaussian, Process
-from diffsampler.reference import Reference
-from diffsampler.space import Euclidean, MeanFree, Space, Torus
+from diffsampler.reference import Reference, product
+from diffsampler.space import Euclidean, EuclideanTorus, Space, Torus
 
-__all__ = ["GaussianStart", "HarmonicStart", "PointStart", "ReferenceProcess", "Start", "default_control"]
+__all__ = [
+    "GaussianStart",
+    "HarmonicStart",
+    "PointStart",
+    "ReferenceProcess",
+    "Start",
+    "UniformStart",
+    "default_control",
+]
 
 LOG_VARIANCE_BOUND = 4.0
-
-
-class Start(nn.Module, ABC):
-    r"""A centred Gaussian start law :math:`\mu`, or a point: diagonal in some orthogonal basis.
-
-    Arguments:
-        space: Where it lives.
-        variances: Variances along the basis, ``(M,)``; one for all coordinates, or as many as the basis has.
-    """
-
-    variances: Tensor
-
-    def __init__(self, space: Space, variances: Tensor) -> None:
-        super().__init__()
-        self.space = space
-        self.register_buffer("variances", variances)
-
-    @abstractmethod
-    def apply_spectrum(self, x: Tensor, factors: Tensor) -> Tensor:
-        """Multiply points ``x (..., D)`` by factors ``(..., M)`` in the basis."""
-
-    @abstractmethod
-    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """Draw points ``(n, D)``, on the device of the law."""
-
-    @abstractmethod
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Log density at ``x (..., D)``, shape ``(...)``, float64; zero for a point."""
-
-
-@final
-class PointStart(Start):
-    """All particles begin at the origin."""
-
-    def __init__(self, space: Space) -> None:
-        super().__init__(space, torch.zeros(1, dtype=torch.float64))
-
-    def apply_spectrum(self, x: Tensor, factors: Tensor) -> Tensor:
-        return factors * x
-
-    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        return self.variances.new_zeros(n, self.space.dim)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return x.new_zeros(x.shape[:-1], dtype=torch.float64)
-
-
-@final
-class GaussianStart(Start):
-    """An isotropic Gaussian, mean-free where the space is.
-
-    Arguments:
-        space: Euclidean or mean-free space.
-        scale: Standard deviation.
-    """
-
-    def __init__(self, space: Space, *, scale: float = 1.0) -> None:
-        _check_start(space, scale)
-        super().__init__(space, torch.tensor([scale**2], dtype=torch.float64))
-
-    def apply_spectrum(self, x: Tensor, factors: Tensor) -> Tensor:
-        return factors * x
-
-    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        return self.variances.sqrt() * self.space.noise((n,), like=self.variances, generator=generator)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self.space.log_gaussian(x, torch.zeros_like(x), self.variances.to(x.dtype))
-
-
-@final
-class HarmonicStart(Start):
-    r"""Particles joined by springs, :math:`\mu \propto \exp(-\frac{1}{2 s^2} \sum_{bonds} |x_i - x_j|^2)`, mean-free.
-
-    The covariance is :math:`s^2 L^+`, where ``L`` is the graph Laplacian. It has one zero eigenvalue, the centre of
-    mass, exactly if the bonds connect all particles. (The published matrix for fully connected particles, 1 on the
-    diagonal and -1/2 elsewhere, is not of this kind: it is negative along the centre of mass from four particles on;
-    without that direction it is an isotropic law of variance 2/3, a :class:`GaussianStart`.)
-
-    Arguments:
-        space: Mean-free space.
-        bonds: Pairs of bonded particles, integers ``(m, 2)``.
-        scale: The length ``s`` of a bond per degree of freedom.
-    """
-
-    basis: Tensor
-
-    def __init__(self, space: Space, bonds: Tensor, *, scale: float = 1.0) -> None:
-        _check_start(space, scale)
-        if not isinstance(space, MeanFree):
-            raise ValueError(f"Expected mean-free particles for springs between them; got {space}.")
-        value, basis = torch.linalg.eigh(_laplacian(space.n, bonds))
-        if not value[1] > 1e-9:
-            raise ValueError("Expected bonds that connect all particles; got separate groups.")
-        # The centre of mass, eigenvalue zero, does not exist on the space.
-        variances = torch.cat([value.new_zeros(1), scale**2 / value[1:]])
-        super().__init__(space, variances)
-        self.register_buffer("basis", basis)
-        self.n, self.d = space.n, space.d
-
-    def apply_spectrum(self, x: Tensor, factors: Tensor) -> Tensor:
-        basis = self.basis.to(x.dtype)
-        modes = basis.T @ x.unflatten(-1, (self.n, self.d))
-        return (basis @ (factors.unsqueeze(-1) * modes)).flatten(-2)
-
-    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        noise = self.space.noise((n,), like=self.variances, generator=generator)
-        return self.apply_spectrum(noise, self.variances.sqrt())
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        modes = (self.basis.T @ x.to(self.basis.dtype).unflatten(-1, (self.n, self.d)))[..., 1:, :].double()
-        variance = self.variances[1:].double()
-        square = (modes.square().sum(-1) / variance).sum(-1)
-        return -0.5 * (square + self.d * (2.0 * math.pi * variance).log().sum())
-
-
-def _check_start(space: Space, scale: float) -> None:
-    if isinstance(space, Torus):
-        raise ValueError("Expected a Euclidean or mean-free space; on a torus use the point start.")
-    if not scale > 0.0:
-        raise ValueError(f"Expected scale > 0; got {scale}.")
-
-
-def _laplacian(n: int, bonds: Tensor) -> Tensor:
-    if bonds.ndim != 2 or bonds.shape[1] != 2 or bonds.is_floating_point():
-        raise ValueError(f"Expected bonds of shape (m, 2), integers; got {tuple(bonds.shape)}, {bonds.dtype}.")
-    if len(bonds) and not 0 <= int(bonds.min()) <= int(bonds.max()) < n:
-        raise ValueError(
-            f"Expected bonds between particles 0 to {n - 1}; got {int(bonds.min())} to {int(bonds.max())}."
-        )
-    laplacian = torch.zeros(n, n, dtype=torch.float64)
-    for i, j in bonds.tolist():
-        if i == j:
-            raise ValueError(f"Expected bonds between two particles; got {i} with itself.")
-        laplacian[i, i] += 1.0
-        laplacian[j, j] += 1.0
-        laplacian[i, j] -= 1.0
-        laplacian[j, i] -= 1.0
-    return laplacian
+UNIFORM_GAIN = math.sqrt(3.0) / math.pi
+"""Gain of a corrector on uniform angles, one over their standard deviation."""
 
 
 def default_control(space: Space, *, generator: torch.Generator, width: int = 64, point_features: int = 0) -> nn.Module:
     """A network on points that assumes no symmetry but the period of angles."""
-    if isinstance(space, Torus):
-        return PeriodicMLP(space.dim, generator=generator, width=width)
+    if isinstance(space, Torus | EuclideanTorus):
+        line = 0 if isinstance(space, Torus) else space.n
+        return PeriodicMLP(space.dim - line, line=line, generator=generator, width=width)
     return FourierMLP(space.dim, space.dim, generator=generator, width=width, point_features=point_features)
 
 
@@ -224,7 +100,6 @@ class ReferenceProcess(Process):
     gain: Tensor
     back_gain: Tensor
     restoring: Tensor
-    end_variance: Tensor
 
     def __init__(
         self,
@@ -243,18 +118,26 @@ class ReferenceProcess(Process):
         start = PointStart(space) if start is None else start
         if start.space != space:
             raise ValueError(f"Expected a start law on {space}; got one on {start.space}.")
-        if isinstance(space, Torus) and not bool((reference.contraction == 1.0).all()):
-            raise ValueError("Expected a reference chain without contraction on a torus.")
-        fixed = bool((start.variances == 0.0).all())
+        line = _line(space)
+        blocks = (line, space.dim - line) if isinstance(space, EuclideanTorus) else (space.dof,)
+        _check_reference(space, reference, len(blocks))
+        fixed, circular = bool((start.variances == 0.0).all()), line < space.dim
         super().__init__(
             space,
             reference.num_steps,
             needs_score=False,
             learns_backward=not fixed,
-            has_bridge=fixed and not isinstance(space, Torus),
-            drawn_space=Euclidean(space.dim) if isinstance(space, Torus) else None,
+            has_bridge=fixed and not circular,
+            drawn_space=Euclidean(space.dim) if circular else None,
         )
         self.start = start
+        self.line = line
+        """Coordinates before the first angle."""
+        self.circular = circular
+        self.lifted = circular and fixed
+        """Whether terminal angles are lifted."""
+        self.blocks = blocks
+        """Degrees of freedom of the factors of the space."""
         self._tables(reference, resolution)
         generator = torch.Generator().manual_seed(seed)
         self.control = (
@@ -262,7 +145,7 @@ class ReferenceProcess(Process):
             if control is None
             else control
         )
-        self.log_variance = nn.Parameter(torch.zeros(self.num_steps, 1), requires_grad=learn_variance)
+        self.log_variance = nn.Parameter(torch.zeros(self.num_steps, len(blocks)), requires_grad=learn_variance)
         self.corrector_control: nn.Module | None = None
         self.back_log_variance: nn.Parameter | None = None
         if not fixed:
@@ -271,37 +154,56 @@ class ReferenceProcess(Process):
                 if corrector is None
                 else corrector
             )
-            self.back_log_variance = nn.Parameter(torch.zeros(self.num_steps, 1), requires_grad=learn_variance)
+            self.back_log_variance = nn.Parameter(
+                torch.zeros(self.num_steps, len(blocks)), requires_grad=learn_variance
+            )
 
     def _tables(self, reference: Reference, resolution: float) -> None:
+        reference = reference.in_columns()
+        if reference.variance.shape[1] < len(self.blocks):
+            reference = product(*[reference] * len(self.blocks))
         reach, level = reference.from_start()
         ahead, left = reference.to_end()
         kappa, v = reference.contraction, reference.variance
         # Variances of the uncontrolled chain along the start's basis, and their mean over the directions that exist.
-        modes = reach.square().unsqueeze(-1) * self.start.variances.double() + level.unsqueeze(-1)
-        mean = modes[:, -1:] if modes.shape[-1] == 1 else modes[:, 1:].mean(-1, keepdim=True)
+        modes = reach.square() * self.start.variances.double() + level
+        mean = modes if modes.shape[-1] == len(self.blocks) else modes[:, 1:].mean(-1, keepdim=True)
+        # Uniform angles stay so: nothing pulls them back, and steps back are as wide as steps ahead.
+        uniform = mean.isinf()
         smallest = resolution**2 * level[-1]
         table = {
-            "contraction": kappa.unsqueeze(-1),
-            "variance": v.unsqueeze(-1),
-            "reach": reach.unsqueeze(-1),
-            "level": level.unsqueeze(-1),
-            "ahead": ahead.unsqueeze(-1),
-            "left": left.unsqueeze(-1),
-            "pull": kappa.unsqueeze(-1) * modes[:-1] / modes[1:],
-            "back_variance": mean[:-1] * v.unsqueeze(-1) / mean[1:],
-            "gain": (left + smallest).rsqrt().unsqueeze(-1),
-            "back_gain": (mean + smallest).rsqrt(),
+            "contraction": kappa,
+            "variance": v,
+            "reach": reach,
+            "level": level,
+            "ahead": ahead,
+            "left": left,
+            "pull": torch.where(modes[1:].isinf(), kappa, kappa * modes[:-1] / modes[1:]),
+            "back_variance": torch.where(uniform[1:], v, mean[:-1] * v / mean[1:]),
+            "gain": (left + smallest).rsqrt(),
+            "back_gain": torch.where(uniform, UNIFORM_GAIN, (mean + smallest).rsqrt()),
             "restoring": torch.cat([modes.new_zeros(1, modes.shape[-1]), 1.0 / modes[1:]]),
-            "end_variance": modes[-1],
         }
         self.register_buffer("time", reference.time)
         for name, value in table.items():
             self.register_buffer(name, value)
 
     def at(self, table: Tensor, k: Tensor) -> Tensor:
-        """Entries of a table of the reference, kept in float64, in the dtype of the process."""
-        return table[k].to(self.log_variance.dtype)
+        """Entries of a table, ``(..., 1)`` or ``(..., D)``; those of the reference are kept in float64."""
+        return self.spread(table[k].to(self.log_variance.dtype))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values ``(..., B)`` of the factors at their coordinates, ``(..., D)``; as they are for one factor."""
+        if len(self.blocks) == 1:
+            return values
+        columns = values.unsqueeze(-1).unbind(-2)
+        return torch.cat([v.expand(*v.shape[:-1], n) for v, n in zip(columns, self.blocks, strict=True)], -1)
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Sums of ``x (..., D)`` over the coordinates of each factor, ``(..., B)``."""
+        if len(self.blocks) == 1:
+            return x.sum(-1, keepdim=True)
+        return torch.stack([part.sum(-1) for part in x.split(self.blocks, -1)], -1)
 
     def sample_initial(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         return self.start.sample(n, generator=generator).to(self.log_variance.dtype)
@@ -311,30 +213,32 @@ class ReferenceProcess(Process):
 
     def steer(self, k: Tensor, x: Tensor) -> Tensor:
         """The control ``u (..., D)`` at steps ``k (...)`` in ``0..K-1`` and states ``x (..., D)``."""
-        return self.at(self.gain, k) * self.space.project_vector(self.control(self.at(self.time, k), x))
+        return self.at(self.gain, k) * self.space.project_vector(self.control(self.time_at(k), x))
+
+    def time_at(self, k: Tensor) -> Tensor:
+        """Times ``(...)`` of steps."""
+        return self.time[k].to(self.log_variance.dtype)
 
     def correct(self, k: Tensor, x: Tensor) -> Tensor:
         """The corrector ``h (..., D)`` at steps ``k (...)`` in ``1..K``."""
         h = -self.start.apply_spectrum(x, self.at(self.restoring, k))
         if self.corrector_control is None:
             return h
-        return h + self.at(self.back_gain, k) * self.space.project_vector(
-            self.corrector_control(self.at(self.time, k), x)
-        )
+        return h + self.at(self.back_gain, k) * self.space.project_vector(self.corrector_control(self.time_at(k), x))
 
     def forward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
         mean = self.at(self.contraction, k) * x + self.at(self.variance, k) * self.steer(k, x)
-        return Gaussian(mean, self.at(self.variance, k) * clip(self.log_variance[k], LOG_VARIANCE_BOUND).exp())
+        factor = self.spread(clip(self.log_variance[k], LOG_VARIANCE_BOUND).exp())
+        return Gaussian(mean, self.at(self.variance, k) * factor)
 
     def backward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
         mean = self.start.apply_spectrum(x, self.at(self.pull, k))
         if self.corrector_control is None or self.back_log_variance is None:
             return Gaussian(mean, self.at(self.back_variance, k))
-        net = self.space.project_vector(self.corrector_control(self.at(self.time, k + 1), x))
+        net = self.space.project_vector(self.corrector_control(self.time_at(k + 1), x))
         mean = mean + self.at(self.variance, k) / self.at(self.contraction, k) * self.at(self.back_gain, k + 1) * net
-        return Gaussian(
-            mean, self.at(self.back_variance, k) * clip(self.back_log_variance[k], LOG_VARIANCE_BOUND).exp()
-        )
+        factor = self.spread(clip(self.back_log_variance[k], LOG_VARIANCE_BOUND).exp())
+        return Gaussian(mean, self.at(self.back_variance, k) * factor)
 
     def between(self, k: Tensor, first: Tensor, last: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``x_k`` of the reference given states ``x_0`` and ``x_K``, each ``(..., D)``, for ``k (...)``."""
@@ -350,37 +254,63 @@ class ReferenceProcess(Process):
     # On a torus the state is the angle before wrapping.
 
     def observed(self, state: Tensor) -> Tensor:
-        return self.space.project(state) if isinstance(self.space, Torus) else state
+        return self.space.project(state) if self.circular else state
 
     def point(self, state: Tensor) -> Tensor:
         return self.observed(state)
 
     def complete(self, x: Tensor, score: Tensor | None, *, generator: torch.Generator | None = None) -> Tensor:
-        if not isinstance(self.space, Torus):
-            return x
-        turns, log_chance = self._windings(x)
-        chance = log_chance.exp().reshape(-1, len(turns))
-        choice = torch.multinomial(chance, 1, generator=generator).reshape(x.shape)
-        return x + turns[choice]
+        return self.rejoin(torch.zeros_like(x), x, generator=generator) if self.lifted else x
+
+    def rejoin(self, first: Tensor, last: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Last states ``(..., D)`` whose turns since ``first`` are drawn anew, as the reference goes round."""
+        if not self.circular:
+            return last
+        start = first[..., self.line :]
+        moved = _wrap(last[..., self.line :] - start)
+        turns, log_chance = self._windings(moved)
+        choice = torch.multinomial(log_chance.exp().reshape(-1, len(turns)), 1, generator=generator)
+        return torch.cat([last[..., : self.line], start + moved + turns[choice.reshape(moved.shape)]], -1)
 
     def log_carried(self, state: Tensor, score: Tensor | None) -> Tensor:
-        if not isinstance(self.space, Torus):
+        if not self.lifted:
             return super().log_carried(state, score)
-        angle = self.space.project(state)
-        lifted = Euclidean(self.space.dim).log_gaussian(state, torch.zeros_like(state), self.end_variance)
-        return lifted - self.space.log_gaussian(angle, torch.zeros_like(angle), self.end_variance)
+        angle, variance = state[..., self.line :], self.level[-1, -1:]
+        zero = torch.zeros_like(angle)
+        lifted = Euclidean(angle.shape[-1]).log_gaussian(angle, zero, variance)
+        return lifted - Torus(angle.shape[-1]).log_gaussian(_wrap(angle), zero, variance)
 
-    def _windings(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Turns ``(J,)`` and the log chance of each, ``(..., m, J)``, given angles ``x (..., m)``."""
-        furthest = 1 + math.ceil(6.0 * math.sqrt(float(self.end_variance)) / (2.0 * math.pi))
-        turns = 2.0 * math.pi * torch.arange(-furthest, furthest + 1, dtype=x.dtype, device=x.device)
-        square = (x.unsqueeze(-1) + turns).square() / self.end_variance
+    def _windings(self, moved: Tensor) -> tuple[Tensor, Tensor]:
+        """Turns ``(J,)`` and the log chance of each, ``(..., m, J)``, for angles ``(..., m)`` from the first ones."""
+        variance = self.level[-1, -1]
+        furthest = 1 + math.ceil(6.0 * math.sqrt(float(variance)) / (2.0 * math.pi))
+        turns = 2.0 * math.pi * torch.arange(-furthest, furthest + 1, dtype=moved.dtype, device=moved.device)
+        square = (moved.unsqueeze(-1) + turns).square() / variance
         return turns, torch.log_softmax(-0.5 * square.double(), -1)
 
     def terminal_corrector(self, state: Tensor) -> Tensor:
-        """The corrector at the end, ``(..., D)``; on a torus the score of the wrapped end point of the reference."""
-        if not isinstance(self.space, Torus):
-            return self.correct(torch.tensor(self.num_steps, device=state.device), state)
-        turns, log_chance = self._windings(self.space.project(state))
-        lifted = self.space.project(state).unsqueeze(-1) + turns
-        return -((log_chance.exp() * lifted).sum(-1) / self.end_variance).to(state.dtype)
+        """The corrector at the end, ``(..., D)``; of lifted angles the score of the reference's wrapped end point."""
+        h = self.correct(torch.tensor(self.num_steps, device=state.device), state)
+        if not self.lifted:
+            return h
+        angle = _wrap(state[..., self.line :])
+        turns, log_chance = self._windings(angle)
+        mean = (log_chance.exp() * (angle.unsqueeze(-1) + turns)).sum(-1)
+        return torch.cat([h[..., : self.line], -(mean / self.level[-1, -1]).to(state.dtype)], -1)
+
+
+def _line(space: Space) -> int:
+    """Number of coordinates before the first angle."""
+    return space.n if isinstance(space, EuclideanTorus) else 0 if isinstance(space, Torus) else space.dim
+
+
+def _wrap(angle: Tensor) -> Tensor:
+    return torch.remainder(angle + math.pi, 2.0 * math.pi) - math.pi
+
+
+def _check_reference(space: Space, reference: Reference, factors: int) -> None:
+    columns = reference.in_columns()
+    if columns.variance.shape[1] not in (1, factors):
+        raise ValueError(f"Expected a reference for {factors} factors; got one for {columns.variance.shape[1]}.")
+    if _line(space) < space.dim and not bool((columns.contraction[:, -1] == 1.0).all()):
+        raise ValueError("Expected a reference chain without contraction on a torus.")

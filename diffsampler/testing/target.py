@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffsampler.space import Euclidean, MeanFree, Space, Torus
+from diffsampler.space import Euclidean, EuclideanTorus, MeanFree, Space, Torus
 from diffsampler.target import Target
 from diffsampler.testing.common import FALSE_ALARM, normal_quantile, require
 
@@ -161,9 +161,11 @@ def _check_score(target: Target, x: Tensor, generator: torch.Generator) -> None:
 
 def _check_space(target: Target, x: Tensor) -> None:
     space = target.space
-    if isinstance(space, Torus):
+    if isinstance(space, Torus | EuclideanTorus):
+        turn = torch.full_like(x, 2.0 * math.pi)
+        turn[..., : space.n if isinstance(space, EuclideanTorus) else 0] = 0.0
         with torch.no_grad():
-            error = _worst(target.log_prob(x + 2.0 * math.pi), target.log_prob(x))
+            error = _worst(target.log_prob(x + turn), target.log_prob(x))
         require(error < 1e-8, f"Expected log_prob to have period 2 pi on a Torus; got a difference of {error:.2g}.")
     if isinstance(space, MeanFree):
         shift = x.new_ones(space.n, space.d).flatten()
@@ -220,6 +222,10 @@ def _check_stein(target: Target, draws: int, generator: torch.Generator) -> None
 
 def _stein_values(space: Space, x: Tensor, score: Tensor) -> Tensor:
     """Functions ``(n, S)`` whose expectation under the density is zero by partial integration."""
+    if isinstance(space, EuclideanTorus):
+        sizes = (space.n, space.m)
+        factors = zip((Euclidean(space.n), Torus(space.m)), x.split(sizes, -1), score.split(sizes, -1), strict=True)
+        return torch.cat([_stein_values(*factor) for factor in factors], -1)
     if isinstance(space, Torus):
         # Periodic functions have no boundary terms: E[f' + f s] = 0 for f = 1, sin, cos.
         return torch.cat([score, x.cos() + x.sin() * score, x.cos() * score - x.sin()], -1)
