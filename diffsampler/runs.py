@@ -14,7 +14,7 @@ from diffsampler.checks import differing_point
 from diffsampler.methods.scld import SCLD
 from diffsampler.particles import Particles, disagreement
 from diffsampler.pilot import PilotResult, run_pilot
-from diffsampler.pilot.checks import drift
+from diffsampler.pilot.checks import drift, island_findings
 from diffsampler.pilot.record import Meter
 from diffsampler.recipes import (
     REFINED_BATCH,
@@ -46,6 +46,8 @@ MAX_DRIFT = 5.0
 """Drift under further moves, in standard errors; ordinary runs stay below 4."""
 FEWEST_LEFT = 600_000
 """Evaluations that must be left after the pilot for a process to be learned: less does not pay for its checks."""
+FEWEST_STEPS = 50
+"""Gradient steps below which a process has hardly been trained; the shortest recipe of a paper takes hundreds."""
 FEWEST_DRAWS = 100
 """Draws that are made even if an evaluation budget does not pay for them; fewer are no answer."""
 
@@ -72,6 +74,7 @@ def run_given(task: Task, method: str | Sampler) -> Answer:
         if task.budget != Budget() or not method.history:
             _train(task, method)
         particles, findings = _draw(task, method)
+        findings = [*_hardly_trained(method), *findings]
         return Answer(particles, name, findings, choices, method.history, method)
     particles = method.sample(task.num_samples, seed=task.seed)
     findings = [Finding(*finding) for finding in method.findings]  # type: ignore[arg-type]
@@ -113,6 +116,15 @@ def _train(task: Task, sampler: DiffusionSampler | SCLD, *, learning_rate: float
     )
 
 
+def _hardly_trained(sampler: DiffusionSampler | SCLD) -> list[Finding]:
+    """A process without training may miss tails and modes altogether, and no weight of its own paths shows that."""
+    steps = int(sampler.history[-1]["step"]) if sampler.history else 0
+    if steps >= FEWEST_STEPS:
+        return []
+    message = f"The process was trained for {steps} gradient steps only: it may miss mass that its weights do not show."
+    return [Finding("warning", message, "Raise the budget.")]
+
+
 def _draw(task: Task, sampler: Sampler) -> tuple[Particles, list[Finding]]:
     """The draws that were asked for, or as many as an evaluation budget pays for."""
     n, limit = task.num_samples, task.budget.evaluations
@@ -150,6 +162,7 @@ def run_learned(task: Task, method: str | Sampler) -> Answer:
     )
     _train(task, mapped.inner, learning_rate=float(choices["learning_rate"]))
     particles, findings = _draw(task, mapped)
+    findings = [*_hardly_trained(mapped.inner), *findings]
     return Answer(particles, str(method), findings, choices, mapped.inner.history, mapped)
 
 
@@ -177,7 +190,10 @@ def run_smc(task: Task, method: str | Sampler) -> Answer:
     if not result.finished:
         message = f"The budget ended at temperature {result.beta:.3g}: the particles do not represent the target."
         findings.append(Finding("error", message, "Raise the budget."))
-    elif task.budget.evaluations is None or task.budget.evaluations - task.evaluations > DRIFT_COST:
+    else:
+        found = island_findings(result, prior=task.target.prior is not None)
+        findings += [Finding(*finding) for finding in found]  # type: ignore[arg-type]
+    if result.finished and (task.budget.evaluations is None or task.budget.evaluations - task.evaluations > DRIFT_COST):
         shift = drift(task.target, result, generator=task.generator)
         if shift > MAX_DRIFT:
             message = f"Further moves shift the particles by {shift:.1f} standard errors: they have not settled."

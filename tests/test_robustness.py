@@ -249,6 +249,15 @@ RUNS = {
     "hardly trained": (run(lambda: targets.ManyWell(dim=8), "pis", steps=2), r"Pareto k-hat is .* \(limit 0\.7\)"),
     "hardly trained, few that count": (run(targets.Funnel, "dis", steps=2), r"effective sample size is \d+ of 512"),
     "few particles": (run(lambda: targets.ManyWell(dim=64), "smc"), r"Replicate|ancestors|shift the particles|settled"),
+    "hardly trained, tails lost": (
+        run(lambda: targets.StudentT(20), "dds", num_samples=4000, steps=3),
+        r"trained for 3 gradient steps only",
+    ),
+    "few particles, right at a glance": (
+        run(lambda: targets.ManyWell(dim=32), "smc"),
+        r"Islands disagree on log Z: standard deviation 0\.\d+",
+    ),
+    "few families": (run(lambda: targets.ManyWell(dim=32), "smc"), r"Only \d\.\d reference draws per island"),
     "chains apart": (chains(apart, 800), r"R-hat is .* \(limit 1\.05\)"),
     "chains too short": (
         chains(lambda: baselines.MALA(targets.Gaussian.ill_scaled(), num_chains=8, warmup=10), 80),

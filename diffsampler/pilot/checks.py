@@ -16,7 +16,7 @@ from diffsampler.pilot.profile import Profile
 from diffsampler.smc import SMCResult
 from diffsampler.target import Target
 
-__all__ = ["FindingTuple", "drift", "judge", "lost_tail", "missing_modes"]
+__all__ = ["FindingTuple", "drift", "island_findings", "judge", "lost_tail", "missing_modes"]
 
 LOST = {0.02: 0.05, 0.1: 0.2}
 """Mass that a profile must see in a tail for a neck to count as lost, by the mass that the particles have there."""
@@ -139,17 +139,7 @@ def judge(
     if gap > 4.0 * math.hypot(last.std_error, estimates[-1].std_error) + 0.05:
         message = f"The adaptive and the frozen pass differ by {gap:.2f} in log Z."
         findings.append(("warning", message, "Use more particles."))
-    spread = float(particles.log_replicates.std())
-    # Ordinary runs of full size stay below 0.15.
-    if not spread <= 0.4:
-        message = f"Islands disagree on log Z: standard deviation {spread:.2f}."
-        findings.append(("warning", message, "Use more particles."))
-    ancestors = float(final.effective_ancestors.mean())
-    if ancestors < 10.0:
-        message = f"Only {ancestors:.1f} reference draws per island have descendants that count."
-        findings.append(
-            ("warning", message, "Use more particles." if prior else "Use more particles or hand over a prior.")
-        )
+    findings += island_findings(final, prior=prior)
     if min(final.acceptance) < 0.3:
         message = f"Moves were accepted at a rate of {min(final.acceptance):.2f} only."
         findings.append(("warning", message, "The density may not be smooth; check its gradient."))
@@ -166,6 +156,27 @@ def judge(
             remedy = "Use a non-centred parametrisation."
             findings.append(("warning", message, remedy if prior else f"Hand over a prior, or {remedy.lower()}"))
     return findings + _search_findings(particles, modes, report)
+
+
+def island_findings(final: SMCResult, *, prior: bool) -> list[FindingTuple]:
+    """What islands say about a finished run: whether they agree on log Z, and on how many reference draws they rest.
+
+    Too few particles show here before the weights degenerate: resampling hides from them what a handful of families
+    have in common. Where a ``prior`` is known, no remedy asks for one.
+    """
+    findings: list[FindingTuple] = []
+    spread = float(final.particles.log_replicates.std())
+    # Ordinary runs of full size stay below 0.15.
+    if not spread <= 0.4:
+        message = f"Islands disagree on log Z: standard deviation {spread:.2f}."
+        findings.append(("warning", message, "Use more particles."))
+    ancestors = float(final.effective_ancestors.mean())
+    if ancestors < 10.0:
+        message = f"Only {ancestors:.1f} reference draws per island have descendants that count."
+        findings.append(
+            ("warning", message, "Use more particles." if prior else "Use more particles or hand over a prior.")
+        )
+    return findings
 
 
 def _search_findings(particles: Particles, modes: ModeSet | None, report: SearchReport | None) -> list[FindingTuple]:
