@@ -7,31 +7,26 @@ seconds (or steps); a :class:`Best` one is the library's own recipe, a pilot and
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from published_recipes import Best, Ladder, Trained
 
 import diffsampler as ds
 from diffsampler import targets
-from diffsampler.lessons import Lesson
-from diffsampler.methods.cmcd import CMCDProcess
-from diffsampler.methods.underdamped import UnderdampedProcess
 from diffsampler.metrics import wasserstein
-from diffsampler.objective import Objective, ReverseKL, TrajectoryBalance
+from diffsampler.objective import LogVariance, TrajectoryBalance, VarGrad
 from diffsampler.particles import Particles
-from diffsampler.pilot import run_pilot
-from diffsampler.recipes import MappedSampler, refined_sampler, standardize
-from diffsampler.refinement import Course
 from diffsampler.replay import LocalSearch
-from diffsampler.sampler import DiffusionSampler, Sampler
+from diffsampler.sampler import DiffusionSampler
 from diffsampler.schedule import cosine_preserving, variance_exploding
 from diffsampler.sources import Exploratory, OnPolicy, Source
-from diffsampler.target import AffineTarget, Target
+from diffsampler.target import Target
+from diffsampler.trust_region import TrustRegion
 
 DATA = Path("results/data")
 CLOUD = 2000
@@ -52,160 +47,6 @@ class Wanted(NamedTuple):
     """Ranges of measures by name."""
     published: str = ""
     """What papers report."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A method on its own path.
-
-    Arguments:
-        kind: Of the sampler.
-        options: Of the sampler.
-        cpu: CPU seconds of training (the search for coordinates included).
-        steps: Gradient steps at most.
-        objective: Makes the loss; None for the method's own.
-        standard: Whether it runs in coordinates standardized by a mean-field fit, as the published pre-training does.
-        sources: Makes the sources of paths and their shares.
-        lesson: Makes another way to get gradients.
-        batch_size, learning_rate, ema_decay: As in ``fit``.
-    """
-
-    kind: Callable[..., Any]
-    options: dict[str, Any] = field(default_factory=dict)
-    cpu: float = 60.0
-    steps: int = 1_000_000
-    objective: Callable[[], Objective] | None = None
-    standard: bool = False
-    sources: Callable[[], list[tuple[Source, float]]] | None = None
-    lesson: Callable[[], Lesson] | None = None
-    batch_size: int = 256
-    learning_rate: float = 2e-3
-    ema_decay: float = 0.998
-
-    def train(self, target: Target, seed: int, share: float) -> tuple[Sampler, dict[str, Any]]:
-        start = time.process_time()
-        inner: Target = target
-        if self.standard:
-            inner, _ = standardize(target, generator=torch.Generator().manual_seed(seed))
-        objective = {} if self.objective is None else {"objective": self.objective()}
-        sampler = self.kind(inner, seed=seed, **self.options, **objective)
-        more: dict[str, Any] = {}
-        if self.sources is not None:
-            more["sources"] = self.sources()
-        if self.lesson is not None:
-            more["lesson"] = self.lesson()
-        sampler.fit(
-            steps=max(2, round(self.steps * share)),
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            ema_decay=self.ema_decay,
-            seed=seed,
-            spent=lambda: (time.process_time() - start) / (self.cpu * share),
-            **more,
-        )
-        notes = {"steps": int(sampler.history[-1]["step"]) if sampler.history else 0}
-        if self.standard:
-            return MappedSampler(target, sampler, inner.to_original), notes  # type: ignore[attr-defined]
-        return sampler, notes
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """A chain trained with few steps and carried over to more of them, a rung at a time; the last one is drawn from.
-
-    Arguments:
-        kind: Of the sampler.
-        options: Of the sampler.
-        rungs: Number of steps, CPU seconds, batch size and learning rate of each.
-        standard: As in :class:`Trained`.
-    """
-
-    kind: Callable[..., DiffusionSampler]
-    options: dict[str, Any]
-    rungs: tuple[tuple[int, float, int, float], ...]
-    standard: bool = True
-
-    def train(self, target: Target, seed: int, share: float) -> tuple[Sampler, dict[str, Any]]:
-        inner, sampler, cpu, steps = self.climb(target, seed, share, len(self.rungs))
-        drawn: Sampler = sampler
-        if isinstance(inner, AffineTarget):
-            drawn = MappedSampler(target, sampler, inner.to_original)
-        return drawn, {"cpu": cpu, "steps": steps}
-
-    def climb(
-        self, target: Target, seed: int, share: float, count: int
-    ) -> tuple[Target, DiffusionSampler, float, list[int]]:
-        """Target, sampler, CPU seconds and steps of each rung, after ``count`` rungs; cases share what they can."""
-        which = f"{type(target).__name__} {target.dim} {target.log_normalizer} {seed} {share}"
-        key = f"{which} {self.kind.__name__} {self.options} {self.rungs[:count]}"
-        if key in CLIMBED:
-            return CLIMBED[key]
-        start = time.process_time()
-        num_steps, seconds, batch, rate = self.rungs[count - 1]
-        if count == 1:
-            inner, spent, before = target, 0.0, []
-            if self.standard:
-                inner, _ = standardize(target, generator=torch.Generator().manual_seed(seed))
-            sampler = self.kind(inner, num_steps=num_steps, objective=ReverseKL(), seed=seed, **self.options)
-        else:
-            inner, lower, spent, before = self.climb(target, seed, share, count - 1)
-            start = time.process_time()
-            sampler = self.kind(inner, num_steps=num_steps, objective=ReverseKL(), seed=seed, **self.options)
-            if isinstance(lower.process, CMCDProcess | UnderdampedProcess):
-                sampler.process = lower.process.regridded(num_steps)
-            else:
-                with torch.no_grad():
-                    for mine, theirs in zip(sampler.process.parameters(), lower.process.parameters(), strict=True):
-                        mine.copy_(theirs)
-        sampler.fit(
-            steps=1_000_000,
-            batch_size=batch,
-            learning_rate=rate,
-            seed=seed + count,
-            spent=lambda: (time.process_time() - start) / (seconds * share),
-        )
-        done = int(sampler.history[-1]["step"]) if sampler.history else 0
-        CLIMBED[key] = inner, sampler, spent + time.process_time() - start, [*before, done]
-        return CLIMBED[key]
-
-
-CLIMBED: dict[str, tuple[Target, DiffusionSampler, float, list[int]]] = {}
-"""Rungs that this process has climbed."""
-
-
-@dataclass(frozen=True)
-class Best:
-    """The library's own recipe: pilot, then a process refined from its particles.
-
-    Arguments:
-        cpu: CPU seconds of both; None leaves their length to them.
-        particles: Particles of the pilot's last pass.
-    """
-
-    cpu: float | None = None
-    particles: int = 4096
-
-    def train(self, target: Target, seed: int, share: float) -> tuple[Sampler, dict[str, Any]]:
-        start = time.process_time()
-        generator = torch.Generator().manual_seed(seed)
-        budget = None if self.cpu is None and share == 1.0 else (self.cpu or 60.0) * share
-        count = self.particles if share == 1.0 else 512
-        pilot = run_pilot(
-            target,
-            generator=generator,
-            num_particles=count,
-            num_islands=16,
-            seconds=None if budget is None else 0.5 * budget,
-            clock=lambda: time.process_time() - start,
-        )
-        course = Course()
-        if budget is not None:
-            course = Course(limited=True, spent=lambda: (time.process_time() - start) / budget)
-        sampler, choices = refined_sampler(target, pilot, generator=generator, dtype=torch.float32, course=course)
-        kept = ("coordinates", "mixture", "stages", "gap", "learned_steps", "defence_share")
-        notes = {key: choices.get(key) for key in kept}
-        assert pilot.particles is not None
-        return sampler, {**notes, "pilot_log_normalizer": list(pilot.particles.log_normalizer)[:2]}
 
 
 @dataclass(frozen=True)
@@ -285,20 +126,25 @@ def search() -> list[tuple[Source, float]]:
     return [(OnPolicy(), 0.4), (Exploratory(), 0.2), (LocalSearch(every=50), 0.4)]
 
 
-RUNGS = ((16, 15.0, 64, 1e-2), (64, 20.0, 64, 5e-3), (128, 15.0, 64, 3e-3), (256, 20.0, 64, 2e-3))
-"""Of chains on posteriors."""
+RUNGS = ((16, 8.0, 128, 1e-2), (64, 10.0, 128, 5e-3), (128, 8.0, 128, 3e-3), (256, 10.0, 128, 2e-3))
+"""Of chains on posteriors; the papers take 150,000 steps at each number of steps."""
 
 
 def chains(name: str, build: Callable[[], Target], log_z: float, bounds: dict[str, Sequence[float]]) -> dict[str, Case]:
     """CMCD, its underdamped version and DDS at 64, 128 and 256 steps; ``bounds`` are published ELBOs."""
+    makers: dict[str, tuple[Callable[..., DiffusionSampler], dict[str, Any]]] = {
+        "cmcd": (ds.CMCD, {"local_scale": 0.8}),
+        "ucmcd": (ds.UCMCD, {"local_scale": 0.3}),
+        "dds": (dds, {}),
+    }
     cases = {}
-    for kind, maker in (("cmcd", ds.CMCD), ("ucmcd", ds.UCMCD), ("dds", dds)):
+    for kind, (maker, options) in makers.items():
         for number, count in enumerate((2, 3, 4)):
             # No ELBO of DDS was published: it is held against the overdamped chain.
             published = bounds.get(kind, bounds["cmcd"])[number]
             cases[f"{name}-{kind}{RUNGS[count - 1][0]}"] = Case(
                 build,
-                Ladder(maker, {}, RUNGS[:count]),
+                Ladder(maker, options, RUNGS[:count], LogVariance, whiten=True),
                 Wanted(gap=log_z - published, published=f"ELBO {published}"),
                 draws=4000,
             )
@@ -314,7 +160,8 @@ def noising(num_steps: int, noise_min: float, noise_max: float = 2.5) -> dict[st
 
 
 GMM25 = partial(targets.GaussianMixture.grid, 25)
-PAIR = {"worst pair": (0.0, 0.02)}
+PAIR = {"worst pair, weighted": (0.0, 0.02)}
+FUNNEL = ((16, 25.0, 128, 1e-2), (64, 30.0, 128, 5e-3), (256, 25.0, 128, 2e-3))
 CASES: dict[str, Case] = {
     "mw32-best": Case(
         targets.ManyWell,
@@ -334,13 +181,13 @@ CASES: dict[str, Case] = {
     ),
     "mw54-dis": Case(
         targets.DoubleWells.mw54,
-        Trained(ds.DIS, {**noising(48, 0.04), "scale": 2.0}, cpu=45.0, learning_rate=4e-3),
+        Trained(ds.DIS, {**noising(48, 0.04), "scale": 2.0}, cpu=30.0, learning_rate=4e-3),
         Wanted(None, 0.2, 0.67, {}, "ESS .27-.67, error .2"),
         modes,
     ),
     "wells50-dis": Case(
         targets.DoubleWells.mw52,
-        Trained(ds.DIS, {**noising(32, 0.1), "point_features": 0}, cpu=45.0, learning_rate=4e-3),
+        Trained(ds.DIS, {**noising(32, 0.1), "point_features": 0}, cpu=30.0, learning_rate=4e-3),
         Wanted(None, None, 0.85, {}, "ESS .85, error .09"),
         modes,
     ),
@@ -349,7 +196,7 @@ CASES: dict[str, Case] = {
         Trained(
             ds.GFN,
             {"num_steps": 64, "scale": 10.0, "point_features": 128},
-            cpu=90.0,
+            cpu=60.0,
             objective=TrajectoryBalance,
             sources=search,
             learning_rate=3e-3,
@@ -358,6 +205,66 @@ CASES: dict[str, Case] = {
         modes,
     ),
 }
+CASES |= {
+    "gmm25-dgfs": Case(
+        GMM25,
+        Trained(ds.DGFS, {"num_steps": 64, "scale": 10.0, "point_features": 128}, sources=search, learning_rate=3e-3),
+        Wanted(0.17, 0.01, None, {}, "gap .171, error .004"),
+        modes,
+    ),
+    "gmm40-cmcd": Case(
+        targets.GaussianMixture.forty,
+        Trained(ds.CMCD, {"num_steps": 64, "scale": 25.0, "local_scale": 0.06, "point_features": 64}, cpu=120.0),
+        Wanted(None, None, 0.655, {}, "ESS .655"),
+        modes,
+    ),
+    "mw32-vargrad": Case(
+        targets.ManyWell,
+        Trained(
+            ds.GFN,
+            {"num_steps": 48, "scale": 2.0, "level_min": 0.1},
+            cpu=90.0,
+            objective=VarGrad,
+            sources=search,
+            learning_rate=3e-3,
+        ),
+        Wanted(3.85, None, None, {}, "gap 4.11, error .02; best gap 3.85"),
+        wells,
+    ),
+    "rotated32-dis": Case(
+        partial(targets.ManyWell, rotation_seed=0),
+        Trained(ds.DIS, {**noising(32, 0.1), "scale": 1.5, "point_features": 0}, cpu=90.0, learning_rate=4e-3),
+        Wanted(3.0, None, 0.05, {}, "net without pilot; prototype: gap 13.5"),
+        wells,
+    ),
+    "mw128-best": Case(partial(targets.ManyWell, 128), Best(cpu=200.0), Wanted(None, 0.5, None, {}, "error 14"), wells),
+    "wells50-trust": Case(
+        targets.DoubleWells.mw52,
+        Trained(ds.DIS, {**noising(32, 0.1), "point_features": 0}, lesson=TrustRegion, learning_rate=2e-3),
+        Wanted(None, None, 0.85, {}, "error .000 +- .000"),
+        modes,
+    ),
+}
+for method, steps in (("scld", 50), ("cmcd", 50), ("cmcd", 500)):
+    CASES[f"mw54-{method}-{steps}steps"] = Case(
+        targets.DoubleWells.mw54,
+        Trained(
+            {"scld": ds.SCLD, "cmcd": ds.CMCD}[method],
+            {"num_steps": 32, "scale": 2.0, "local_scale": 0.09},
+            cpu=600.0,
+            steps=steps,
+            learning_rate=4e-3,
+        ),
+        Wanted(published="SCLD in a tenth of CMCD's steps"),
+        modes,
+    )
+for count, published in ((2, "ELBO -.587, log Z -.108"), (3, "ELBO -.230, log Z -.019")):
+    CASES[f"funnel-cmcd{FUNNEL[count - 1][0]}"] = Case(
+        targets.Funnel,
+        Ladder(ds.CMCD, {"local_steps": True}, FUNNEL[:count]),
+        Wanted(0.587 if count == 2 else 0.23, 0.108 if count == 2 else 0.03, published=published),
+        draws=4000,
+    )
 CASES |= chains(
     "ionosphere",
     posterior("ionosphere", IONOSPHERE),

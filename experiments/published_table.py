@@ -137,7 +137,7 @@ def summary(name: str, rows: list[Row]) -> tuple[str, ...]:
         number(statistics.fmean(row["cpu"] for row in rows), ".0f"),
         demands(case),
         case.wanted.published,
-        "short: " + ", ".join(missed) if missed else "reached",
+        "short: " + ", ".join(missed) if missed else "-" if demands(case) == "-" else "reached",
     )
 
 
