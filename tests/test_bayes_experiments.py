@@ -192,18 +192,31 @@ def test_modes_have_labels_and_weights():
     assert shares(torch.tensor([0, 1, -1, 1]), torch.ones(4), 2).tolist() == [0.25, 0.5]
 
 
-def test_exact_weights_of_the_moving_average_follow_from_the_likelihoods_symmetry():
-    from modes_models import moving_average_log_likelihood, series
+def test_the_readings_of_theophylline_have_one_likelihood():
+    from modes_models import HOURS, absorption_truth, concentration
 
-    y, theta, sigma = series(), torch.tensor([0.4, -0.7]).double(), torch.tensor([1.1, 0.9]).double()
-    mirrored = moving_average_log_likelihood(y, 1.0 / theta, theta.abs() * sigma)
-    assert torch.allclose(moving_average_log_likelihood(y, theta, sigma), mirrored)
-    lag = torch.diag(torch.ones(len(y) - 1), -1).double()
-    for i in range(2):
-        both = (1.0 + theta[i] ** 2) * torch.eye(len(y)).double() + theta[i] * (lag + lag.mT)
-        law = torch.distributions.MultivariateNormal(torch.zeros(len(y)).double(), sigma[i] ** 2 * both)
-        expected = float(law.log_prob(y))
-        assert float(moving_average_log_likelihood(y, theta, sigma)[i]) == pytest.approx(expected)
+    absorbed, eliminated, volume = torch.tensor([1.8, 0.05, 0.36]).double()
+    flipped = concentration(HOURS, eliminated, absorbed, volume * eliminated / absorbed)
+    assert torch.allclose(concentration(HOURS, absorbed, eliminated, volume), flipped)
+    by_hand = (-eliminated * HOURS).exp() - (-absorbed * HOURS).exp()
+    by_hand = 4.02 * absorbed / (volume * (absorbed - eliminated)) * by_hand
+    assert torch.allclose(concentration(HOURS, absorbed, eliminated, volume), by_hand)
+    # Where the data fix the curve, the prior of the volume decides: roughly the log odds of the two best volumes.
+    best = torch.stack([volume, volume * eliminated / absorbed]).log()
+    log_odds = (-0.5 * ((best - math.log(0.04)) / 1.2).square()).diff()
+    assert float(absorption_truth().log().diff()) == pytest.approx(float(log_odds), abs=0.3)
+
+
+def test_mirror_images_of_the_transmitter_have_the_weights_of_draws_from_the_prior():
+    from modes_models import MULTIMODAL, shares, transmitter_label, transmitter_truth
+
+    target = MULTIMODAL["transmitter"].build()
+    x = target.prior.sample(1_000_000, generator=torch.Generator().manual_seed(0)).double()
+    weight = torch.softmax(target.log_likelihood(x), 0)
+    found = shares(transmitter_label(target.constrain(x)), weight, 2)
+    # About 1,500 draws count: four standard errors are 0.032.
+    assert 1.0 / float(weight.square().sum()) > 1000
+    assert float((found - transmitter_truth())[0].abs()) < 0.032
 
 
 def test_runs_of_the_findings_table_are_judged():
