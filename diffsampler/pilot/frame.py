@@ -11,8 +11,6 @@ References:
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -29,33 +27,46 @@ def _off_diagonal(matrices: Tensor) -> float:
     return 1.0 - float(matrices.diagonal(dim1=-2, dim2=-1).square().sum()) / max(total, 1e-300)
 
 
+def _rounds(dim: int) -> list[tuple[Tensor, Tensor]]:
+    """All pairs of coordinates in rounds of disjoint pairs, as in a tournament where everybody meets everybody."""
+    players = list(range(dim)) + ([-1] if dim % 2 else [])
+    half, rounds = len(players) // 2, []
+    for _ in range(len(players) - 1):
+        pairs = [(min(a, b), max(a, b)) for a, b in zip(players[:half], reversed(players[half:]), strict=True)]
+        pairs = [pair for pair in pairs if pair[0] >= 0]
+        rounds.append((torch.tensor([p for p, _ in pairs]), torch.tensor([q for _, q in pairs])))
+        players = [players[0], players[-1], *players[1:-1]]
+    return rounds
+
+
 def joint_diagonalise(matrices: Tensor, *, sweeps: int = 20, tolerance: float = 1e-6) -> Tensor:
     """Orthogonal ``R (D, D)`` that makes ``R.T @ H @ R`` as diagonal as it can for symmetric ``H``, ``(m, D, D)``.
 
-    It starts from the eigenvectors of one random combination, exact where the matrices commute.
+    It starts from the eigenvectors of one random combination, exact where the matrices commute. Disjoint pairs are
+    turned at once.
     """
     dim = matrices.shape[-1]
     weight = torch.randn(matrices.shape[0], generator=torch.Generator().manual_seed(0), dtype=matrices.dtype)
     rotation = torch.linalg.eigh((weight[:, None, None] * matrices).sum(0))[1]
-    h = rotation.mT @ matrices @ rotation
+    off = _off_diagonal(rotation.mT @ matrices @ rotation)
+    # Rows first: turns of rows are then turns of contiguous blocks.
+    h, turned = (rotation.mT @ matrices @ rotation).permute(1, 2, 0).contiguous(), rotation.mT.contiguous()
+    rounds = _rounds(dim)
     for _ in range(sweeps):
-        largest = 0.0
-        for p in range(dim - 1):
-            for q in range(p + 1, dim):
-                a, b = h[:, p, p] - h[:, q, q], 2.0 * h[:, p, q]
-                on, off = float(a.square().sum() - b.square().sum()), 2.0 * float((a * b).sum())
-                angle = 0.25 * math.atan2(off, on)
-                if abs(angle) < tolerance:
-                    continue
-                largest = max(largest, abs(angle))
-                c, s = math.cos(angle), math.sin(angle)
-                turn = torch.tensor([[c, -s], [s, c]], dtype=h.dtype)
-                h[:, :, [p, q]] = h[:, :, [p, q]] @ turn
-                h[:, [p, q]] = turn.mT @ h[:, [p, q]]
-                rotation[:, [p, q]] = rotation[:, [p, q]] @ turn
-        if largest < 1e-3:
+        for p, q in rounds:
+            a, b = h[p, p] - h[q, q], 2.0 * h[p, q]
+            angle = 0.25 * torch.atan2(2.0 * (a * b).sum(-1), (a.square() - b.square()).sum(-1))
+            if float(angle.abs().max()) < tolerance:
+                continue
+            c, s = angle.cos().unsqueeze(-1), angle.sin().unsqueeze(-1)
+            turned[p], turned[q] = c * turned[p] + s * turned[q], c * turned[q] - s * turned[p]
+            for x in (h, h.transpose(0, 1)):
+                left, right = x[p], x[q]
+                x[p], x[q] = c[..., None] * left + s[..., None] * right, c[..., None] * right - s[..., None] * left
+        before, off = off, _off_diagonal(h.permute(2, 0, 1))
+        if off > 0.999 * before or off < 1e-9:
             break
-    return rotation
+    return turned.mT.contiguous()
 
 
 def separating_frame(target: Target, fits: MeanFieldFits, *, points: int = 24) -> AffineMap | None:
