@@ -4,7 +4,8 @@
     python experiments/aldp.py smc --seeds 0 1 2
     python experiments/aldp.py --table
 
-Samplers draw in internal coordinates from the molecule's own prior (uniform rotors). The free-energy difference
+Classical samplers draw in internal coordinates from the molecule's own prior (uniform rotors), learned ones in lengths,
+angles and circular dihedrals; ``wt_asbs`` lays a bias on phi while it learns. The free-energy difference
 between phi > 0 and phi < 0 comes from their weighted draws, and is compared with the reference that
 ``experiments/aldp_reference.py`` left in ``results/aldp``, else with the one kept beside this script. Every cell is one
 JSON file with a picture beside it, and is not run again.
@@ -17,7 +18,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,15 @@ from torch import Tensor
 
 from diffsampler import baselines, targets
 from diffsampler._report import versions
+from diffsampler.equivariant import PeriodicMLP
 from diffsampler.kernels.hmc import HMC
 from diffsampler.methods.adjoint_sampling import AdjointSampling
+from diffsampler.methods.asbs import ASBS
+from diffsampler.methods.matching import Matching
+from diffsampler.methods.wt_asbs import WTASBS, Axis
 from diffsampler.particles import Particles
 from diffsampler.plotting_ramachandran import free_energy_surface, ramachandran
+from diffsampler.reference import geometric, product, variance_preserving
 from diffsampler.sampler import Sampler
 
 FOLDER = Path("results/aldp")
@@ -49,12 +55,16 @@ class Setting:
     """Recorded scans of each."""
     steps: int = 64
     """Steps of the learned process."""
-    training: int = 3000
+    training: int = 8000
     """Gradient steps of its training."""
     batch: int = 512
+    width: int = 192
+    """Width of its control."""
+    learned: int = 8192
+    """Draws of it."""
 
 
-SETTINGS = {"cpu": Setting(), "large": Setting(16 * 16384, 256, 4000, 200, 100_000, 2048)}
+SETTINGS = {"cpu": Setting(), "large": Setting(16 * 16384, 256, 4000, 200, 100_000, 2048, 512, 65_536)}
 
 Build = Callable[[targets.AlanineDipeptideInternal, Setting], Sampler]
 
@@ -63,19 +73,65 @@ def kernel(target: targets.AlanineDipeptideInternal) -> HMC:
     return HMC(target.space, num_steps=10, smallest_step=0.15)
 
 
+def bridge(target: targets.CircularMolecule, s: Setting) -> dict[str, Any]:
+    """Options of a bridge sampler whose reference keeps the prior: stiff coordinates normal, dihedrals uniform."""
+    generator = torch.Generator().manual_seed(0)
+    line, angles = target.space.n, target.space.m
+    return {
+        "num_steps": s.steps,
+        "reference": product(
+            variance_preserving(s.steps, beta_start=16.0, beta_end=0.1),
+            geometric(s.steps, sigma_min=0.05, sigma_max=3.0),
+        ),
+        "control": PeriodicMLP(angles, line=line, generator=generator, width=s.width, depth=3),
+        "corrector": PeriodicMLP(angles, line=line, generator=generator, width=32),
+    }
+
+
+def matching() -> Matching:
+    return Matching(fresh=512, every=50, capacity=8192, reweight=0.3)
+
+
+def asbs(internal: targets.AlanineDipeptideInternal, s: Setting) -> ASBS:
+    target = targets.CircularMolecule(internal.target)
+    return ASBS(target, lesson=matching(), **bridge(target, s))
+
+
+def wt_asbs(internal: targets.AlanineDipeptideInternal, s: Setting) -> WTASBS:
+    target = targets.CircularMolecule(internal.target)
+
+    def phi(x: Tensor) -> Tensor:
+        return target.constrain(x)["phi"].unsqueeze(-1)
+
+    axis = Axis(-math.pi, math.pi, 60, 0.25, periodic=True)
+    return WTASBS(target, phi, [axis], matching=matching(), height=0.002, **bridge(target, s))
+
+
+def adjoint_sampling(internal: targets.AlanineDipeptideInternal, s: Setting) -> AdjointSampling:
+    target = targets.CircularMolecule(internal.target)
+    options = bridge(target, s)
+    del options["corrector"]
+    options["reference"] = product(*(geometric(s.steps, sigma_min=0.05, sigma_max=c) for c in (1.5, 3.0)))
+    return AdjointSampling(target, lesson=matching(), **options)
+
+
 METHODS: dict[str, Build] = {
     "smc": lambda t, s: baselines.SMC(t, kernel=kernel(t), two_pass=False, dtype=torch.float32),
     "waste_free": lambda t, s: baselines.WasteFreeSMC(t, chain_length=16, dtype=torch.float32),
     "parallel_tempering": lambda t, s: baselines.ParallelTempering(
         t, kernel=kernel(t), num_systems=s.systems, dtype=torch.float32
     ),
-    "adjoint_sampling": lambda t, s: AdjointSampling(t, num_steps=s.steps, sigma_max=5.0),
+    "adjoint_sampling": adjoint_sampling,
+    "asbs": asbs,
+    "wt_asbs": wt_asbs,
 }
 DRAWS: dict[str, Callable[[Setting], int]] = {
     "smc": lambda s: s.particles,
     "waste_free": lambda s: s.particles,
     "parallel_tempering": lambda s: s.systems * s.scans,
-    "adjoint_sampling": lambda s: s.particles,
+    "adjoint_sampling": lambda s: s.learned,
+    "asbs": lambda s: s.learned,
+    "wt_asbs": lambda s: s.learned,
 }
 
 
@@ -93,11 +149,15 @@ def cell(method: str, setting: str, seed: int, path: Path) -> dict[str, Any]:
     target = targets.AlanineDipeptideInternal(targets.AlanineModel[MODEL], compiled=True)
     sampler = METHODS[method](target, sizes)
     start = time.process_time()
-    if isinstance(sampler, AdjointSampling):
+    if isinstance(sampler, AdjointSampling | ASBS | WTASBS):
+        folder = path.with_suffix("")
         sampler.fit(
-            steps=sizes.training, batch_size=sizes.batch, seed=seed, checkpoint=path.with_suffix(""), resume=True
+            steps=sizes.training, batch_size=sizes.batch, learning_rate=2e-3, seed=seed, checkpoint=folder, resume=True
         )
     particles = sampler.sample(DRAWS[method](sizes), seed=seed)
+    if particles.x.shape[1] < target.dim:
+        circular = targets.CircularMolecule(target.target)
+        particles = replace(particles, x=circular.planar(particles.x))
     seconds = time.process_time() - start
     angles = target.torsion_angles(particles.x.double())
     phi = angles[:, 0]

@@ -56,6 +56,7 @@ class CircularMolecule(Target):
     """
 
     prior: Target
+    space: EuclideanTorus
 
     def __init__(self, molecule: InternalMolecule) -> None:
         *stiff, rotors = molecule.chart.sizes

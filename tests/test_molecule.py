@@ -269,3 +269,24 @@ def test_errors_name_what_is_wrong(system):
     with pytest.raises(ValueError, match="Expected a reference configuration at a minimum"):
         # Everything on one spot half as wide: repulsion pushes every coordinate apart.
         targets.InternalMolecule(replace(system, positions=torch.flip(0.4 * system.positions, (0,))))
+
+
+# --- rotors as angles ----------------------------------------------------------------------------------------------
+
+
+def test_rotors_as_angles_have_the_density_of_both_numbers_without_the_radius(internal):
+    """``rho(z, u, v) = rho(z, phi) p(r) / r`` at any radius, p the chi law with 16 degrees of freedom."""
+    circular = targets.CircularMolecule(internal.target)
+    x = circular.prior.sample(6, generator=torch.Generator().manual_seed(0))
+    x[:, : circular.line] *= 0.3
+    radius = 2.0 + 3.0 * torch.rand(6, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u, v = radius * x[:, -7:].cos(), radius * x[:, -7:].sin()
+    planar = torch.cat([x[:, : circular.line], u, v], -1)
+    log_radial = 14.0 * radius.log() - 0.5 * radius.square() - 7.0 * math.log(2.0) - math.lgamma(8.0)
+    torch.testing.assert_close(internal.log_prob(planar), circular.log_prob(x) + log_radial.sum(-1), rtol=1e-10, atol=0)
+    torch.testing.assert_close(circular.circular(planar), x)
+    for name, value in circular.constrain(x).items():
+        torch.testing.assert_close(value, internal.constrain(planar)[name])
+    y = x.clone().requires_grad_()
+    (auto,) = torch.autograd.grad(circular.log_prob(y).sum(), y)
+    torch.testing.assert_close(circular.score(x), auto, rtol=1e-6, atol=1e-6)

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from cases import F64, VonMises, deviation
+from cases import F64, Hinge, VonMises, deviation, perturb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffsampler.methods.matching import Matching
-from diffsampler.methods.reference_process import PointStart
+from diffsampler.methods.reference_process import PointStart, UniformStart
 from diffsampler.methods.wt_asbs import (
     WTASBS,
     Axis,
@@ -20,6 +20,7 @@ from diffsampler.methods.wt_asbs import (
     free_energy_difference,
     free_energy_profile,
 )
+from diffsampler.reference import geometric, product, variance_preserving
 from diffsampler.space import Euclidean, Torus
 from diffsampler.target import Target
 
@@ -234,6 +235,26 @@ def test_angles_are_variables_of_themselves():
     sampler = sampler_of(target, [ROUND], lambda x: x, **options).fit(steps=100, batch_size=64, learning_rate=5e-3)
     particles = sampler.sample(4000)
     assert abs(deviation(particles.log_weight.exp(), math.exp(target.log_normalizer))) < 4.0
+
+
+@pytest.mark.parametrize("k", [5, 50])
+@pytest.mark.parametrize("steps", [0, 100])
+def test_biased_chains_on_a_line_and_a_circle_have_exact_weights(steps, k):
+    """At random and trained controls, under a bias that was not learned: four standard errors, 4 cases."""
+    target = Hinge()
+    reference = product(variance_preserving(k, beta_start=4.0), geometric(k, sigma_min=0.2, sigma_max=1.5))
+    options = {"num_steps": k, "reference": reference, "start": UniformStart(target.space), "skip": 0}
+    sampler = sampler_of(target, [ROUND], lambda x: x[:, 1:], **options)
+    if steps:
+        sampler.fit(steps=steps, batch_size=64, learning_rate=5e-3)
+    else:
+        perturb(sampler.chain.process, 0.05)
+    sampler.biased.bias.value.copy_(0.5 * torch.randn(30, generator=generator(), dtype=F64))
+    particles = sampler.sample(8192)
+    assert abs(deviation(particles.log_weight.exp(), math.exp(target.log_normalizer))) < 4.0
+    # Negative control: without the bias in the weights.
+    wrong = particles.log_weight - sampler.biased.bias_at(particles.x.double())
+    assert abs(deviation(wrong.exp(), math.exp(target.log_normalizer))) > 6.0
 
 
 def test_the_bias_is_frozen_at_the_end_and_skipped_at_the_start():
