@@ -1,6 +1,8 @@
 """Adjoint sampling on particle systems: four double-well particles and Lennard-Jones clusters of 13 and 55.
 
     python experiments/boltzmann.py dw4                         # one seed, the setting for a CPU
+    python experiments/boltzmann.py lj13 --setting smc          # annealed particles, no training
+    python experiments/boltzmann.py lj13 --setting bank         # adjoint matching from such particles
     python experiments/boltzmann.py lj13 --seed 1 --seconds 1800
     python experiments/boltzmann.py lj55 --setting published --device cuda
 
@@ -11,7 +13,8 @@ the floor, the distance of two sets of the reference. References of the clusters
 
 The published settings are those of the adjoint Schroedinger bridge sampler (https://arxiv.org/abs/2506.22565), except
 that the learning rate falls and parameters are averaged as everywhere in this library. They are meant for a GPU. The
-settings for a CPU start at a point, match the divergence of paths, and reweight end points.
+settings for a CPU start at a point, match the divergence of paths, and reweight end points. Where few of these would be
+left, in the cluster of 13, ``bank`` takes particles of tempered SMC in their place.
 """
 
 from __future__ import annotations
@@ -27,9 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsampler import estimators, metrics, targets
+from diffsampler import baselines, estimators, metrics, targets
 from diffsampler._report import number, table, versions, write_json
 from diffsampler.equivariant import EquivariantGraphNetwork
+from diffsampler.kernels.hmc import HMC
 from diffsampler.methods.matching import Matching, PathDivergence, Stages
 from diffsampler.methods.reference_process import GaussianStart, ReferenceProcess
 from diffsampler.particles import Particles
@@ -74,6 +78,10 @@ class Setting:
     stages: Stages | None = None
     core: float | None = None
     """Continuation of the pair energy in training; draws and weights are those of the exact energy."""
+    bank: int | None = None
+    """Particles of SMC in place of reweighted end points; with no steps of training they are the answer."""
+    spread: float = 1.0
+    """Standard deviation of the Gaussian that SMC begins at."""
 
 
 PUBLISHED = Setting(
@@ -95,6 +103,7 @@ PUBLISHED = Setting(
     reweight=None,
     stages=Stages(20_000, 2_000),
 )
+SMC = Setting(4, 2, num_steps=1, sigma_min=0.1, sigma_max=1.0, steps=0, bank=4096)
 SETTINGS = {
     "dw4": {
         "cpu": Setting(
@@ -108,6 +117,7 @@ SETTINGS = {
             fresh=1024,
             capacity=10_000,
         ),
+        "smc": replace(SMC, spread=2.6),
         "published": PUBLISHED,
     },
     "lj13": {
@@ -125,6 +135,25 @@ SETTINGS = {
             every=50,
             steps=20_000,
         ),
+        "bank": Setting(
+            13,
+            3,
+            num_steps=80,
+            sigma_min=0.03,
+            sigma_max=1.2,
+            draw_steps=320,
+            reach=3.1,
+            radial=32,
+            width=32,
+            depth=3,
+            batch_size=64,
+            fresh=64,
+            every=250,
+            steps=6000,
+            reweight=None,
+            bank=16_384,
+        ),
+        "smc": replace(SMC, particles=13, dimensions=3),
         "published": replace(
             PUBLISHED, particles=13, dimensions=3, num_steps=999, reach=5.0, stages=Stages(30_000, 2_000)
         ),
@@ -145,6 +174,7 @@ SETTINGS = {
             every=50,
             steps=10_000,
         ),
+        "smc": replace(SMC, particles=55, dimensions=3, bank=2048),
         "published": replace(
             PUBLISHED,
             particles=55,
@@ -168,7 +198,15 @@ def build_target(setting: Setting, *, core: float | None = None) -> Target:
     return targets.LennardJones(setting.particles, core=core)
 
 
-def build(setting: Setting, target: Target, seed: int) -> DiffusionSampler:
+def annealed(setting: Setting, target: Target, seed: int) -> tuple[Particles, int]:
+    """Weighted particles of tempered SMC with Hamiltonian moves, and the gradients that they took."""
+    assert setting.bank is not None
+    kernel = HMC(target.space, num_steps=10, smallest_step=0.15)
+    sampler = baselines.SMC(target, kernel=kernel, reference_scale=setting.spread, two_pass=False)
+    return sampler.sample(setting.bank, seed=seed), sampler.evaluations
+
+
+def build(setting: Setting, target: Target, seed: int, *, bank: Tensor | None = None) -> DiffusionSampler:
     """The sampler of a setting, untrained."""
     generator = torch.Generator().manual_seed(seed)
     networks = [
@@ -208,6 +246,7 @@ def build(setting: Setting, target: Target, seed: int) -> DiffusionSampler:
         power=setting.power,
         stages=setting.stages,
         reweight=setting.reweight,
+        bank=bank,
     )
     return DiffusionSampler(target, process, PathDivergence(), lesson=lesson)
 
@@ -283,8 +322,15 @@ def run(case: str, kind: str, seed: int, arguments: argparse.Namespace) -> dict[
     if arguments.steps is not None:
         setting = replace(setting, steps=arguments.steps)
     name = f"{case}-{kind}-{seed}"
-    sampler = build(setting, build_target(setting, core=setting.core), seed).to(device=arguments.device)
+    if setting.steps == 0:
+        return run_annealed(case, setting, seed, arguments, name)
     began, before = time.monotonic(), time.process_time()
+    target = build_target(setting, core=setting.core)
+    bank, spent = None, 0
+    if setting.bank is not None:
+        particles, spent = annealed(setting, target, seed)
+        bank = particles.resample(setting.bank, generator=torch.Generator().manual_seed(seed))
+    sampler = build(setting, target, seed, bank=bank).to(device=arguments.device)
 
     class Paused(Exception):
         pass
@@ -322,9 +368,28 @@ def run(case: str, kind: str, seed: int, arguments: argparse.Namespace) -> dict[
         "settings": asdict(setting),
         "seed": seed,
         "seconds of training": trained,
-        "training energies": sampler.evaluations,
+        "training energies": sampler.evaluations + spent,
         **judge(case, setting, target, particles, arguments.references),
         "history": sampler.history[:: max(1, len(sampler.history) // 100)],
+    }
+    write_json(arguments.out / f"{name}.json", result)
+    return result
+
+
+def run_annealed(case: str, setting: Setting, seed: int, arguments: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Judge particles of SMC. Resampled, they are in a random order: its islands are not."""
+    target, began, before = build_target(setting), time.monotonic(), time.process_time()
+    particles, spent = annealed(setting, target, seed)
+    seconds = {"wall": time.monotonic() - began, "cpu of this process": time.process_time() - before}
+    order = torch.randperm(len(particles), generator=torch.Generator().manual_seed(seed))
+    shuffled = replace(particles, x=particles.x[order], log_weight=particles.log_weight[order])
+    result = {
+        "versions": versions(),
+        "settings": asdict(setting),
+        "seed": seed,
+        "seconds of training": seconds,
+        "training energies": spent,
+        **judge(case, setting, target, shuffled, arguments.references),
     }
     write_json(arguments.out / f"{name}.json", result)
     return result
@@ -341,14 +406,15 @@ def report(name: str, result: dict[str, Any]) -> None:
     print(
         f"  log Z {value:.4f} +- {error:.4f} (exact {number(exact, '.6f')}), lower bound {result['elbo']:.4f}, "
         f"ESS {result['ess fraction']:.3f}, k-hat {number(result['pareto k'], '.2f')}, "
-        f"{result['seconds of training']['wall']:.0f} s of training"
+        f"{result['seconds of training']['wall']:.0f} s of training "
+        f"({result['seconds of training']['cpu of this process']:.0f} s of one processor)"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=list(SETTINGS))
-    parser.add_argument("--setting", choices=["cpu", "published"], default="cpu")
+    parser.add_argument("--setting", choices=["cpu", "bank", "smc", "published"], default="cpu")
     parser.add_argument("--seed", type=int, default=1, help="settings were tuned on seed 0")
     parser.add_argument("--steps", type=int, help="another number of steps")
     parser.add_argument("--seconds", type=float, help="pause training after this time")
@@ -356,6 +422,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/boltzmann"))
     parser.add_argument("--references", type=Path, default=Path("results/references/draws"))
     arguments = parser.parse_args()
+    if arguments.setting not in SETTINGS[arguments.case]:
+        raise SystemExit(f"Expected one of {', '.join(SETTINGS[arguments.case])} for {arguments.case}.")
     name = f"{arguments.case}-{arguments.setting}-{arguments.seed}"
     path = arguments.out / f"{name}.json"
     result = json.loads(path.read_text()) if path.exists() else None

@@ -461,6 +461,24 @@ def test_adjoint_sampling_learns_a_mixture(reweight):
     assert sampler.evaluations == 13 * 256 + 6000
 
 
+def test_draws_of_another_sampler_stand_in_for_resampled_ends():
+    target = mixture()
+    bank = target.sample(4000, generator=generator())
+    lesson = Matching(fresh=64, every=50, clip=None, bank=bank)
+    sampler = AdjointSampling(target, num_steps=20, sigma_min=0.2, sigma_max=1.6, lesson=lesson, width=32)
+    sampler.fit(steps=300, batch_size=256, learning_rate=5e-3)
+    particles = sampler.sample(4000)
+    assert estimators.effective_sample_size(particles.log_weight) / 4000 > 0.9
+    assert abs(deviation(particles.log_weight.exp(), math.exp(target.log_normalizer))) < 4.0
+    # Seven rounds of fresh end points, one gradient for each point of the bank, and the draws.
+    assert sampler.evaluations == 7 * 64 + 4000 + 4000
+    with pytest.raises(ValueError, match="Expected a process from a point for a bank"):
+        ASBS(target, lesson=Matching(bank=bank)).fit(steps=1)
+    for options in ({"bank": bank[0]}, {"bank": bank, "reweight": 0.3}):
+        with pytest.raises(ValueError, match="Expected a bank of shape"):
+            Matching(**options)
+
+
 @pytest.mark.parametrize("stages", [None, Stages(60, 30)])
 def test_the_bridge_sampler_learns_a_mixture(stages):
     target = mixture()

@@ -28,7 +28,8 @@ until a given share of them is effective, and the control is fitted to the combi
 least variance, at each step by its own running moments. A third of the rows stays with the end points as they were
 drawn and the adjoint alone: there the chain learns to leave where it should not be, which resampled points never show.
 The fixed point is the same. On four double-well particles (2,000 steps of 512 rows, 32 wide) the effective sample size
-went from 1 to about 25 percent of the draws. The corrector is always matched to end points as drawn.
+went from 1 to about 25 percent of the draws. The corrector is always matched to end points as drawn. A bank of points
+of another sampler, SMC say, may stand in for the resampled ones.
 
 Clipping acts on regression targets alone. It biases the control (never the weights) where gradients are larger, so the
 bound must exceed the gradients at equilibrium.
@@ -180,6 +181,8 @@ class Matching(Lesson):
         stages: Control and corrector in turns; None trains both at every step.
         reweight: Share of fresh end points that stays effective when they are resampled by tempered weights; None
             does not reweight, as published.
+        bank: Points of the target ``(m, D)`` from another sampler, in place of the resampled end points, for chains
+            from a point.
     """
 
     def __init__(
@@ -192,6 +195,7 @@ class Matching(Lesson):
         power: float = 1.0,
         stages: Stages | None = None,
         reweight: float | None = None,
+        bank: Tensor | None = None,
     ) -> None:
         if fresh < 2 or every < 1:
             raise ValueError(f"Expected fresh >= 2 and every >= 1; got {fresh} and {every}.")
@@ -201,12 +205,15 @@ class Matching(Lesson):
             raise ValueError(f"Expected stages of at least one step; got {tuple(stages)}.")
         if reweight is not None and not 0.0 < reweight < 1.0:
             raise ValueError(f"Expected reweight in (0, 1) or None; got {reweight}.")
+        if bank is not None and (reweight is not None or bank.ndim != 2 or not len(bank)):
+            raise ValueError("Expected a bank of shape (m, D), in place of reweight; got another shape, or both.")
         self.fresh = fresh
         self.every = every
         self.clip = clip
         self.power = power
         self.stages = stages
         self.reweight = reweight
+        self.bank = bank
         self.drawn = EndPoints(capacity)
         self.resampled = EndPoints(capacity)
         self.moments = torch.empty(3, 0, 1)
@@ -222,6 +229,8 @@ class Matching(Lesson):
             )
         if self.stages is not None and not process.learns_backward:
             raise ValueError("Expected stages=None from a point: there is no corrector to train.")
+        if self.bank is not None and (process.learns_backward or self.bank.shape[1] != process.space.dim):
+            raise ValueError(f"Expected a process from a point for a bank, and points (m, {process.space.dim}).")
 
     def accumulate(self, objective: Objective, use: Draw, size: int, *, weight: float) -> Taught:
         process, loss = use.process, 0.0
@@ -230,6 +239,8 @@ class Matching(Lesson):
         self.latest = None
         if len(self.drawn) == 0 or (self.step + 1) % self.every == 0:
             log_weight = self._simulate(process, use)
+        if self.bank is not None and len(self.resampled) == 0:
+            self._keep(process, use, self.bank)
         control, corrector = (True, process.learns_backward) if self.stages is None else self.stages.trains(self.step)
         if control:
             loss += self._match_control(process, size, use.generator, weight)
@@ -256,13 +267,24 @@ class Matching(Lesson):
             self.resampled.add(rows[systematic_resample(tempered, generator=use.generator)])
         return log_weight
 
+    def _keep(self, process: ReferenceProcess, use: Draw, bank: Tensor) -> None:
+        """Fill the ring of resampled end points with a bank and the scores there."""
+        last = bank.to(process.log_variance)
+        score = torch.cat([use.target.log_prob_and_score(part)[1] for part in last.split(self.fresh)])
+        if self.clip is not None:
+            score = clip_vectors(process.space, score, self.clip)
+        first = torch.zeros_like(last)
+        last = process.rejoin(first, last, generator=use.generator)
+        self.resampled = EndPoints(len(last))
+        self.resampled.add(torch.stack([first, last, score.to(last)], 1))
+
     def _pick(self, process: ReferenceProcess, ends: list[Tensor], generator: torch.Generator) -> _Rows:
         first, last, score = torch.cat(ends).unbind(1)
         k = torch.randint(process.num_steps, (len(first),), generator=generator, device=first.device)
         return _Rows(k, first, last, score)
 
     def _match_control(self, process: ReferenceProcess, size: int, generator: torch.Generator, weight: float) -> float:
-        aside = size if self.reweight is None else max(1, round(DRAWN_SHARE * size))
+        aside = size if self.reweight is None and self.bank is None else max(1, round(DRAWN_SHARE * size))
         ends = [self.drawn.pick(aside, generator)]
         if aside < size:
             ends.append(self.resampled.pick(size - aside, generator))
@@ -359,4 +381,5 @@ class Matching(Lesson):
         return [
             f"Matching({self.fresh} every {self.every}, {self.drawn.capacity})",
             f"clip {self.clip}, power {self.power:g}, {stages}, reweight {self.reweight}",
+            *([] if self.bank is None else [f"bank {tuple(self.bank.shape)}"]),
         ]
