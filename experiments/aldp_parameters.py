@@ -6,6 +6,14 @@ Writes ``targets/alanine_dipeptide.json``, with positions minimized in vacuum by
 OpenMM's energies and forces of a few configurations for ``tests/test_force_field.py``. The geometry uses average bond
 lengths and angles of peptides (Engh & Huber, 1991, https://doi.org/10.1107/S0108767391001071) and tetrahedral methyl
 groups.
+
+Source and licence: the numbers are those of ``amber96.xml``, ``amber99sbildn.xml``, ``implicit/obc1.xml``,
+``implicit/obc2.xml``, ``amber96_obc.xml`` and ``amber99_obc.xml`` in OpenMM's Python application layer. OpenMM's
+licences (``docs-source/licenses/Licenses.txt`` in https://github.com/openmm/openmm) put its API and Reference platform
+under the MIT licence, copyright Stanford University and the Authors; these files carry no notice of their own
+(the wheel's metadata says "Python Software Foundation License (BSD-like)"), and openmmforcefields, which converts the
+same AMBER families, is under the MIT licence as well. The values were published in the articles that
+:mod:`diffsampler.targets.alanine_dipeptide` names.
 """
 
 from __future__ import annotations
@@ -29,6 +37,10 @@ from diffsampler.targets.openmm_system import from_pdb
 from diffsampler.targets.zmatrix import Internal, ZMatrix
 
 OUT = Path("targets/alanine_dipeptide.json")
+NOTE = (
+    "Made by experiments/aldp_parameters.py from force field files of OpenMM (https://github.com/openmm/openmm), "
+    "MIT licence, copyright Stanford University and the Authors."
+)
 FORCE_FIELDS = {"amber96": "amber96.xml", "amber99sbildn": "amber99sbildn.xml"}
 SOLVENTS = {
     "obc1": "implicit/obc1.xml",
@@ -124,7 +136,7 @@ def main() -> None:
             for name, xml in SOLVENTS.items()
         }
     table = {
-        "note": "Made by experiments/aldp_parameters.py.",
+        "note": NOTE,
         "systems": {name: rounded(json.loads(system.to_json())) for name, system in systems.items()},
         "solvents": {name: json.loads(system.to_json())["solvent"] for name, system in solvents.items()},
     }

@@ -3,7 +3,7 @@ r"""Alanine dipeptide (N-acetyl-L-alanine N'-methylamide, 22 atoms), the smalles
 Two dihedrals, :math:`\phi` and :math:`\psi`, carry its slow motion. In ff96 with OBC1 at 300 K the side
 :math:`\phi > 0` holds 0.33 % of the mass, 5.73 +- 0.02 kT above the other, behind barriers of 9 and 11 kT. Parameters
 are a table made by ``experiments/aldp_parameters.py`` from the force fields that OpenMM distributes, so that OpenMM is
-not needed here.
+not needed here. Its source and licence are stated in that script and in the table's note.
 
 References:
     ff96: A second generation force field for the simulation of proteins, nucleic acids, and organic molecules (Cornell
