@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffsampler.trajectory import simulate
 
@@ -60,6 +61,25 @@ def test_runs_go_on_and_finished_ones_are_printed(boltzmann, monkeypatch, tmp_pa
         call(boltzmann, monkeypatch, *options, "--steps", 7)
 
 
+def test_annealed_particles_are_judged_without_training(boltzmann, monkeypatch, tmp_path, capsys):
+    setting = replace(boltzmann.SETTINGS["dw4"]["smc"], steps=0, bank=64)
+    monkeypatch.setitem(boltzmann.SETTINGS["dw4"], "smc", setting)
+    call(boltzmann, monkeypatch, "dw4", "--setting", "smc", "--out", tmp_path)
+    assert "energy W2" in capsys.readouterr().out
+    result = json.loads((tmp_path / "dw4-smc-1.json").read_text())
+    assert result["training energies"] > 64 and abs(result["log normalizer"][0] - 29.667) < 3.0
+
+
+def test_annealed_particles_train(boltzmann):
+    setting = replace(boltzmann.SETTINGS["lj13"]["bank"], bank=32)
+    target = boltzmann.build_target(setting)
+    bank = target.space.noise((32,), like=torch.zeros(0), generator=torch.Generator().manual_seed(0))
+    sampler = boltzmann.build(setting, target, 0, bank=bank).fit(steps=2, batch_size=16)
+    assert len(sampler.history) > 0
+
+
 def test_missing_references_are_named(boltzmann, monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="Expected one of cpu, smc, published"):
+        call(boltzmann, monkeypatch, "dw4", "--setting", "bank", "--out", tmp_path)
     with pytest.raises(SystemExit, match="make_references.py lj13"):
         call(boltzmann, monkeypatch, "lj13", "--out", tmp_path, "--references", tmp_path)
