@@ -19,7 +19,7 @@ from diffsampler.gradient import accumulate_bridge_gradient, accumulate_gradient
 from diffsampler.objective import Objective
 from diffsampler.process import Process
 from diffsampler.sources import Draw, Source
-from diffsampler.trajectory import Trajectory, cat
+from diffsampler.trajectory import Trajectory, cat, detached
 
 __all__ = ["Bridges", "Lesson", "Paths", "Taught"]
 
@@ -38,6 +38,9 @@ class Taught(NamedTuple):
 
 class Lesson(ABC):
     """Adds the gradient of an objective to the parameters of a process."""
+
+    takes_parts: bool = False
+    """Whether it can add up the gradient of a batch from parts of at most ``use.micro_batch`` paths."""
 
     @abstractmethod
     def check(self, process: Process, objective: Objective) -> None:
@@ -76,6 +79,22 @@ def check_anchors(process: Process, objective: Objective) -> None:
         )
 
 
+def check_parts(lesson: Lesson, objective: Objective, *, micro_batch: int | None, pieces: int) -> None:
+    """Refuse ways to save memory that would change the gradient, or do nothing."""
+    name, kind = type(objective).__name__, type(lesson).__name__
+    if pieces > 1 and not objective.needs_path_gradient:
+        raise ValueError(f"Expected pieces=1: {name} keeps no graph along paths to be cut; got {pieces}.")
+    if micro_batch is None:
+        return
+    if not lesson.takes_parts:
+        raise ValueError(f"Expected micro_batch=None: {kind} draws what it needs at once; got {micro_batch}.")
+    if objective.needs_path_gradient and not objective.averages:
+        raise ValueError(
+            f"Expected micro_batch=None: {name} with a path gradient is no mean over paths, so it needs the graph of "
+            f"the whole batch; got {micro_batch}. Use pieces to save memory."
+        )
+
+
 @final
 class Paths(Lesson):
     """Whole trajectories from a mixture of sources.
@@ -83,6 +102,8 @@ class Paths(Lesson):
     Arguments:
         sources: Sources and their shares of the batch; the first must be able to draw from the start.
     """
+
+    takes_parts = True
 
     def __init__(self, sources: Sequence[tuple[Source, float]]) -> None:
         if not sources:
@@ -118,25 +139,67 @@ class Paths(Lesson):
         batch = parts[0]
         for part in parts[1:]:
             batch = cat(batch, part)
-        device = batch.log_initial.device
-        number = torch.arange(len(counts), device=device)
-        return batch, torch.repeat_interleave(number, torch.tensor(counts, device=device))
+        # A source may return fewer paths than asked for: those that are lost.
+        drawn = [source for source, n in enumerate(counts) if n]
+        sizes = torch.tensor([len(part.log_initial) for part in parts], device=batch.log_initial.device)
+        return batch, torch.repeat_interleave(torch.tensor(drawn, device=sizes.device), sizes)
 
     def accumulate(self, objective: Objective, use: Draw, size: int, *, weight: float) -> Taught:
-        trajectory, origin = self.draw(use, size)
-        log_weight = trajectory.log_weight.detach()
+        """As in :class:`Lesson`; with ``use.micro_batch`` the gradient is still that of the whole batch.
+
+        Losses at fixed paths draw their paths in turn and differentiate rows anyway. Losses with a path gradient add up
+        gradients of parts, which is right for means over paths only (:func:`check_parts`).
+        """
+        sizes = _parts(size, use.micro_batch)
+        if objective.needs_path_gradient:
+            return self._accumulate_pathwise(objective, use, sizes, weight)
+        trajectory, origin = self._draw_parts(use, sizes)
+        log_weight = trajectory.log_weight
         finite = log_weight.isfinite()
         kept = trajectory if bool(finite.all()) else trajectory.select(finite)
         loss = math.nan
         if int(finite.sum()) >= 2:
-            if objective.needs_path_gradient:
-                value = objective(kept)
-                (weight * value).backward()
-                loss = value.item()
-            else:
-                loss = accumulate_gradient(use.process, objective, kept, weight=weight)
+            loss = accumulate_gradient(use.process, objective, kept, weight=weight)
+        return self._taught(trajectory, origin, finite, loss)
+
+    def _draw_parts(self, use: Draw, sizes: Sequence[int]) -> tuple[Trajectory, Tensor]:
+        parts = [self.draw(use, size) for size in sizes]
+        batch, origin = parts[0]
+        for part, number in parts[1:]:
+            batch, origin = cat(batch, part), torch.cat([origin, number])
+        return batch, origin
+
+    def _accumulate_pathwise(self, objective: Objective, use: Draw, sizes: Sequence[int], weight: float) -> Taught:
+        modules = (use.process, objective)
+        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        total: list[Tensor | None] = [None] * len(parameters)
+        loss, count, seen = 0.0, 0, []
+        for size in sizes:
+            trajectory, origin = self.draw(use, size)
+            finite = trajectory.log_weight.detach().isfinite()
+            kept = trajectory if bool(finite.all()) else trajectory.select(finite)
+            if (number := int(finite.sum())) == 0:
+                continue
+            value = objective(kept)
+            slopes = torch.autograd.grad(number * value, parameters, allow_unused=True)
+            total = [_plus(known, slope) for known, slope in zip(total, slopes, strict=True)]
+            loss += number * value.item()
+            count += number
+            seen.append((detached(kept), origin[finite]))
+        if count < 2:
+            return Taught(math.nan, torch.empty(0, dtype=torch.float64))
+        for p, known in zip(parameters, total, strict=True):
+            p.grad = _plus(p.grad, None if known is None else (weight / count) * known)
+        batch, origins = seen[0]
+        for part, which in seen[1:]:
+            batch, origins = cat(batch, part), torch.cat([origins, which])
+        return self._taught(batch, origins, torch.ones_like(origins, dtype=torch.bool), loss / count)
+
+    def _taught(self, trajectory: Trajectory, origin: Tensor, finite: Tensor, loss: float) -> Taught:
+        """Remember the forward paths, and report the weights of the on-policy ones."""
         self._forward = trajectory.select(finite & _among(origin, [not source.backward for source in self.sources]))
-        return Taught(loss, log_weight[finite & _among(origin, [source.on_policy for source in self.sources])])
+        chosen = finite & _among(origin, [source.on_policy for source in self.sources])
+        return Taught(loss, trajectory.log_weight[chosen])
 
     def made(self, use: Draw) -> None:
         assert self._forward is not None
@@ -156,6 +219,17 @@ class Paths(Lesson):
         return [f"{share:g} {source.config()}" for source, share in pairs]
 
 
+def _plus(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """The sum of what there is."""
+    return second if first is None else first if second is None else first + second
+
+
+def _parts(size: int, most: int | None) -> list[int]:
+    """Sizes of parts of a batch."""
+    most = size if most is None else most
+    return [min(most, size - start) for start in range(0, size, most)]
+
+
 def _among(origin: Tensor, chosen: list[bool]) -> Tensor:
     """Which paths come from the chosen sources, boolean ``(B,)``."""
     return torch.tensor(chosen, device=origin.device)[origin]
@@ -169,6 +243,8 @@ class Bridges(Lesson):
         bank: Terminal points ``(m, D)``.
     """
 
+    takes_parts = True
+
     def __init__(self, bank: Tensor) -> None:
         self.bank = bank
 
@@ -178,10 +254,12 @@ class Bridges(Lesson):
             raise ValueError(f"{name} needs a process with closed-form bridges; {kind} has none.")
 
     def accumulate(self, objective: Objective, use: Draw, size: int, *, weight: float) -> Taught:
-        rows = size * BRIDGE_STEPS
-        loss = accumulate_bridge_gradient(
-            use.process, objective, use.target, self.bank, rows, generator=use.generator, weight=weight
-        )
+        loss = 0.0
+        for part in _parts(size, use.micro_batch):
+            share, rows = part / size, part * BRIDGE_STEPS
+            loss += share * accumulate_bridge_gradient(
+                use.process, objective, use.target, self.bank, rows, generator=use.generator, weight=share * weight
+            )
         return Taught(loss, torch.empty(0, dtype=torch.float64))
 
     def config(self) -> list[str]:

@@ -26,6 +26,7 @@ References:
     Learning GFlowNets from partial episodes (Madan et al., 2023), https://arxiv.org/abs/2209.12782 (sub-trajectories)
     Sequential controlled Langevin diffusions (Chen et al., 2025), https://arxiv.org/abs/2412.07081
     Improved sampling via learned diffusions (Richter, Berner, 2024), https://arxiv.org/abs/2307.01198
+    Sticking the landing (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194
 """
 
 from __future__ import annotations
@@ -67,6 +68,10 @@ class Objective(nn.Module, ABC):
     """Whether the process must define densities at all steps (anchors, a flow function)."""
     needs_bridge: bool = False
     """Whether paths are single steps of closed-form bridges from stored particles, without any simulation."""
+    averages: bool = False
+    """Whether the loss is a mean over paths, so that gradients of parts of a batch add up to that of the whole."""
+    freezes_forward: bool = False
+    """Whether forward densities enter at frozen parameters (sticking the landing)."""
 
     @abstractmethod
     def forward(self, trajectory: Trajectory) -> Tensor:
@@ -75,10 +80,20 @@ class Objective(nn.Module, ABC):
 
 @final
 class ReverseKL(Objective):
-    """Negative evidence lower bound, differentiated through the states."""
+    """Negative evidence lower bound, differentiated through the states.
+
+    Arguments:
+        stick_landing: Leave out the slope of the forward densities in their own parameters, whose mean is zero: less
+            noise near the optimum, and none at it (with ``detach_score=False``).
+    """
 
     needs_path_gradient = True
     on_policy_only = True
+    averages = True
+
+    def __init__(self, *, stick_landing: bool = False) -> None:
+        super().__init__()
+        self.freezes_forward = stick_landing
 
     def forward(self, trajectory: Trajectory) -> Tensor:
         return -trajectory.log_weight.mean()
@@ -224,6 +239,7 @@ class ForwardKL(Objective):
     """Maximum likelihood of backward paths under the forward chain."""
 
     needs_backward_paths = True
+    averages = True
 
     def forward(self, trajectory: Trajectory) -> Tensor:
         return -(trajectory.log_forward.sum(0) + trajectory.log_initial).mean()
@@ -239,6 +255,7 @@ class BridgeLikelihood(Objective):
 
     needs_backward_paths = True
     needs_bridge = True
+    averages = True
 
     def forward(self, trajectory: Trajectory) -> Tensor:
         return -trajectory.log_forward.mean()

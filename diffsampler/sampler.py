@@ -16,6 +16,7 @@ from diffsampler.lessons import Lesson, Paths
 from diffsampler.objective import LogVariance, Objective
 from diffsampler.particles import Particles
 from diffsampler.process import Process
+from diffsampler.rates import Constant, Cosine, Rate
 from diffsampler.sources import Source
 from diffsampler.target import CountedTarget, Target
 from diffsampler.training import Recipe, fit
@@ -25,6 +26,9 @@ __all__ = ["DiffusionSampler", "Sampler"]
 
 STATES_PER_BATCH = 4_000_000
 """Numbers that one batch of simulated paths may hold; larger requests are drawn in several batches."""
+
+SKIPPED_SHARE = 0.01
+"""Share of training steps without a finite gradient from which on they are a finding."""
 
 
 class Sampler(ABC):
@@ -79,6 +83,16 @@ class DiffusionSampler(Sampler):
         return self._counted.evaluations
 
     @property
+    def findings(self) -> list[tuple[str, str, str]]:
+        """Whether training had to skip steps, which teaches nothing about where they would have gone."""
+        last = self.history[-1] if self.history else {}
+        skipped, steps = int(last.get("skipped", 0)), int(last.get("step", 0))
+        if skipped <= SKIPPED_SHARE * steps:
+            return []
+        message = f"{skipped} of {steps} training steps had no finite gradient and were skipped."
+        return [("warning", message, "Use a smaller learning_rate, or a scale that fits the target.")]
+
+    @property
     def device(self) -> torch.device:
         """Device of the process."""
         return next(self.process.parameters()).device
@@ -103,6 +117,10 @@ class DiffusionSampler(Sampler):
         lesson: Lesson | None = None,
         clip_norm: float = 1.0,
         ema_decay: float = 0.998,
+        rate: Rate | None = None,
+        clip_rate: Rate | None = None,
+        pieces: int = 1,
+        micro_batch: int | None = None,
         spent: Callable[[], float] = lambda: 0.0,
         checkpoint: str | Path | None = None,
         checkpoint_every: int = 200,
@@ -114,14 +132,19 @@ class DiffusionSampler(Sampler):
         Arguments:
             steps: Number of gradient steps.
             batch_size: Trajectories per step.
-            learning_rate: Initial learning rate of a cosine decay.
+            learning_rate: Learning rate, multiplied by ``rate``.
             seed: Seed of all randomness in training.
             bank: Points ``(m, D)`` near the target (a pilot's particles), replayed backward as additional paths.
             bank_share: Share of the batch that comes from the bank.
             sources: Sources of paths with their shares (:mod:`diffsampler.sources`), instead of fresh paths and a bank.
             lesson: Any other way to get gradients (:mod:`diffsampler.lessons`).
             clip_norm: Largest norm of a gradient.
-            ema_decay: Decay of the parameter average that is used for sampling.
+            ema_decay: Decay of the parameter average that is used for sampling; 0 takes the last parameters.
+            rate: How the learning rate changes (:mod:`diffsampler.rates`), a cosine decay by default.
+            clip_rate: How ``clip_norm`` changes, not at all by default.
+            pieces: Pieces of the chain whose graphs losses with a path gradient build one after another: the same
+                gradient in the memory of one piece, for half the time more (:mod:`diffsampler.pathwise`).
+            micro_batch: Largest number of paths drawn at once; gradients are those of the whole batch.
             spent: Share of an outside budget that is used up; training ends when it reaches 1.
             checkpoint: Folder of an atomic checkpoint.
             checkpoint_every: Steps between checkpoints.
@@ -140,6 +163,10 @@ class DiffusionSampler(Sampler):
             clip_norm=clip_norm,
             ema_decay=ema_decay,
             bank_share=bank_share,
+            rate=Cosine() if rate is None else rate,
+            clip_rate=Constant() if clip_rate is None else clip_rate,
+            pieces=pieces,
+            micro_batch=micro_batch,
         )
         if sum(given is not None for given in (bank, sources, lesson)) > 1:
             raise ValueError("Expected at most one of bank, sources and lesson.")

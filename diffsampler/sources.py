@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from diffsampler.pathwise import simulate_pathwise
 from diffsampler.process import Process
 from diffsampler.target import Target
 from diffsampler.trajectory import Trajectory, simulate, simulate_backward
@@ -34,6 +35,12 @@ class Draw(NamedTuple):
     """Share of the training that is done, in [0, 1)."""
     path_gradient: bool = False
     """Whether the states must carry a graph; only sources of on-policy paths can."""
+    freeze: bool = False
+    """Whether such a graph has forward densities at frozen parameters (:mod:`diffsampler.pathwise`)."""
+    pieces: int = 1
+    """Pieces of the chain whose graphs are built one after another."""
+    micro_batch: int | None = None
+    """Largest number of paths that are drawn at once; None draws whole batches."""
 
 
 class Source(ABC):
@@ -77,7 +84,11 @@ class OnPolicy(Source):
     on_policy = True
 
     def draw(self, n: int, use: Draw) -> Trajectory:
-        return simulate(use.process, use.target, n, generator=use.generator, path_gradient=use.path_gradient)
+        if not use.path_gradient:
+            return simulate(use.process, use.target, n, generator=use.generator)
+        return simulate_pathwise(
+            use.process, use.target, n, generator=use.generator, pieces=use.pieces, freeze=use.freeze
+        )
 
 
 @final

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from diffsampler import estimators
-from diffsampler.lessons import Bridges, Lesson, Paths, Taught
+from diffsampler.lessons import Bridges, Lesson, Paths, Taught, check_parts
 from diffsampler.objective import Objective
 from diffsampler.process import Process
+from diffsampler.rates import Constant, Cosine, Rate
 from diffsampler.sources import Draw, OnPolicy, Source, Stored
 from diffsampler.storage import save_atomic
 from diffsampler.target import Target
@@ -30,8 +31,6 @@ from diffsampler.target import Target
 __all__ = ["Recipe", "fit", "load_checkpoint", "save_checkpoint"]
 
 CHECKPOINT_NAME = "checkpoint.pt"
-FINAL_RATE = 0.03
-"""Learning rate at the end of the cosine decay, as a share of the initial one."""
 SCHEDULE_RATE = 5.0
 """Learning rate of schedules, step sizes and priors relative to networks: each is one number fed by every row."""
 OBJECTIVE_RATE = 30.0
@@ -51,15 +50,29 @@ class Recipe:
     clip_norm: float = 1.0
     ema_decay: float = 0.998
     bank_share: float = 0.5
+    rate: Rate = Cosine()
+    clip_rate: Rate = Constant()
+    pieces: int = 1
+    micro_batch: int | None = None
+
+    def config(self) -> dict[str, object]:
+        """What identifies the recipe in a checkpoint."""
+        return {**vars(self), "rate": repr(self.rate), "clip_rate": repr(self.clip_rate)}
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
+        for name in ("steps", "batch_size", "pieces"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Expected {name} >= 1; got {getattr(self, name)}.")
         if self.batch_size < 2:
             raise ValueError("Expected batch_size >= 2: a variance needs two trajectories.")
         if not self.learning_rate > 0.0:
             raise ValueError(f"Expected learning_rate > 0; got {self.learning_rate}.")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"Expected micro_batch >= 1 or None; got {self.micro_batch}.")
+        if not self.clip_norm > 0.0:
+            raise ValueError(f"Expected clip_norm > 0; got {self.clip_norm}.")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"Expected ema_decay in [0, 1); got {self.ema_decay}.")
         if not 0.0 <= self.bank_share <= 1.0:
             raise ValueError(f"Expected bank_share in [0, 1]; got {self.bank_share}.")
 
@@ -142,7 +155,8 @@ def fit(
         log_every: Steps between history entries.
 
     Returns:
-        The history: dicts with step, seconds, loss, elbo, log_normalizer, ess (a fraction), learning_rate.
+        The history: dicts with step, seconds, loss, elbo, log_normalizer, ess (a fraction), learning_rate, and the
+        number of steps skipped so far because they had no finite gradient.
 
     Raises:
         ValueError: If the objective needs what is not given, or a checkpoint belongs to another configuration.
@@ -150,9 +164,10 @@ def fit(
     """
     lesson = _default_lesson(objective, recipe, bank) if lesson is None else lesson
     lesson.check(process, objective)
-    identity = {**(identity or {}), **process.config(), "objective": type(objective).__name__, **vars(recipe)}
-    identity["bank"] = None if bank is None else tuple(bank.shape)
-    identity["lesson"] = lesson.config()
+    check_parts(lesson, objective, micro_batch=recipe.micro_batch, pieces=recipe.pieces)
+    if not 1 <= recipe.pieces <= process.num_steps:
+        raise ValueError(f"Expected between 1 and {process.num_steps} pieces of the chain; got {recipe.pieces}.")
+    identity = {**(identity or {}), **process.config(), **_config(objective, recipe, bank, lesson)}
     run = _start(process, objective, recipe, lesson)
     folder = None if checkpoint is None else Path(checkpoint)
     if folder is not None and resume and (folder / CHECKPOINT_NAME).exists():
@@ -163,11 +178,10 @@ def fit(
         share = max(run.step / recipe.steps, spent())
         if share >= 1.0:
             break
-        rate = FINAL_RATE + (1.0 - FINAL_RATE) * 0.5 * (1.0 + math.cos(math.pi * share))
+        rate = recipe.rate(min(share, 1.0))
         for group in run.optimizer.param_groups:
             group["lr"] = recipe.learning_rate * group["factor"] * rate
-        use = Draw(process, target, run.generator, min(share, 1.0), objective.needs_path_gradient)
-        entry = _step(run, use, recipe)
+        entry = _step(run, _use(run, target, recipe, min(share, 1.0)), recipe)
         run.step += 1
         run.seconds = time.monotonic() - began
         skipped_before = run.skipped if entry is not None else skipped_before
@@ -178,6 +192,7 @@ def fit(
             )
         if entry is not None and (run.step % log_every == 0 or run.step in (1, recipe.steps)):
             entry.update(step=run.step, seconds=run.seconds, learning_rate=recipe.learning_rate * rate)
+            entry["skipped"] = run.skipped
             run.history.append(entry)
             if callback is not None:
                 callback(entry)
@@ -187,6 +202,26 @@ def fit(
         _try_save(folder, identity, run)
     process.load_state_dict({**process.state_dict(), **run.ema})
     return run.history
+
+
+def _config(objective: Objective, recipe: Recipe, bank: Tensor | None, lesson: Lesson) -> dict[str, object]:
+    """What identifies training in a checkpoint."""
+    name = type(objective).__name__ + (", sticking the landing" if objective.freezes_forward else "")
+    points = None if bank is None else tuple(bank.shape)
+    return {"objective": name, **recipe.config(), "bank": points, "lesson": lesson.config()}
+
+
+def _use(run: _Run, target: Target, recipe: Recipe, progress: float) -> Draw:
+    return Draw(
+        run.process,
+        target,
+        run.generator,
+        progress,
+        run.objective.needs_path_gradient,
+        freeze=run.objective.freezes_forward,
+        pieces=recipe.pieces,
+        micro_batch=recipe.micro_batch,
+    )
 
 
 def _default_lesson(objective: Objective, recipe: Recipe, bank: Tensor | None) -> Lesson:
@@ -224,16 +259,16 @@ def _step(run: _Run, use: Draw, recipe: Recipe) -> dict[str, float] | None:
     """One gradient step; None when no finite gradient was found and the parameters stayed as they were."""
     run.optimizer.zero_grad()
     taught = run.lesson.accumulate(run.objective, use, recipe.batch_size, weight=1.0 / run.process.space.dof)
-    if not _update(run, recipe, taught.loss):
+    if not _update(run, recipe, taught.loss, recipe.clip_norm * recipe.clip_rate(use.progress)):
         return None
     run.lesson.made(use)
     return _summary(taught)
 
 
-def _update(run: _Run, recipe: Recipe, loss: float) -> bool:
+def _update(run: _Run, recipe: Recipe, loss: float, clip_norm: float) -> bool:
     """Move the parameters and their average; False if the gradient is not finite."""
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, recipe.clip_norm) if math.isfinite(loss) else torch.tensor(math.nan)
+    norm = nn.utils.clip_grad_norm_(parameters, clip_norm) if math.isfinite(loss) else torch.tensor(math.nan)
     if not bool(norm.isfinite()):
         run.skipped += 1
         return False

@@ -8,6 +8,7 @@ r"""Trajectories and the one place where weights are made.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor
 from diffsampler.process import Gaussian, Process
 from diffsampler.target import Target
 
-__all__ = ["Trajectory", "cat", "chunks", "ends", "log_kernels", "retrace", "simulate", "simulate_backward"]
+__all__ = ["Trajectory", "cat", "chunks", "ends", "log_kernels", "retrace", "simulate", "simulate_backward", "walk"]
 
 CHUNK_ROWS = 8192
 """(step, particle) rows per batched network call: larger batches stream activations through memory and are slower."""
@@ -111,6 +112,12 @@ def cat(first: Trajectory, second: Trajectory) -> Trajectory:
     )
 
 
+def detached(trajectory: Trajectory) -> Trajectory:
+    """The same record without a graph."""
+    values = {name: value.detach() for name, value in vars(trajectory).items() if isinstance(value, Tensor)}
+    return Trajectory(**{**vars(trajectory), **values})
+
+
 def chunks(num_steps: int, batch: int, rows: int = CHUNK_ROWS) -> list[tuple[slice, slice]]:
     """Cut ``(K, B)`` into blocks of at most ``rows`` (step, particle) pairs: whole steps while they fit."""
     steps = max(1, rows // max(batch, 1))
@@ -122,7 +129,7 @@ def chunks(num_steps: int, batch: int, rows: int = CHUNK_ROWS) -> list[tuple[sli
 
 
 def ends(
-    process: Process, x: Tensor, score: Tensor | None, steps: slice, particles: slice
+    process: Process, x: Tensor, score: Tensor | None, steps: slice, particles: slice, *, first: int = 0
 ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
     """States ``(S, b, ...)`` and scores that forward kernels start from, and those that backward kernels start from.
 
@@ -130,7 +137,7 @@ def ends(
     their score is the one at the step's start.
     """
     ahead = slice(steps.start + 1, steps.stop + 1)
-    k = torch.arange(steps.start, steps.stop, device=x.device).unsqueeze(-1)
+    k = torch.arange(first + steps.start, first + steps.stop, device=x.device).unsqueeze(-1)
     here = x[steps, particles]
     score_here = None if score is None else score[steps, particles]
     if not process.has_shift:
@@ -148,10 +155,14 @@ def log_kernels(
     *,
     forward: bool = True,
     backward: bool = True,
+    first: int = 0,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Evaluate ``log F_k`` and ``log B_k``, each ``(S, b)``, on a block of (step, particle) pairs in one call."""
-    k = torch.arange(steps.start, steps.stop, device=x.device).unsqueeze(-1)
-    (here, score_here), (there, score_there) = ends(process, x, score, steps, particles)
+    """Evaluate ``log F_k`` and ``log B_k``, each ``(S, b)``, on a block of (step, particle) pairs in one call.
+
+    States ``x[0]`` are those before step ``first``.
+    """
+    k = torch.arange(first + steps.start, first + steps.stop, device=x.device).unsqueeze(-1)
+    (here, score_here), (there, score_there) = ends(process, x, score, steps, particles, first=first)
     log_f, log_b = None, None
     if forward:
         log_f = process.drawn_space.log_gaussian(process.drawn(there), *process(k, here, score_here))
@@ -184,30 +195,72 @@ def simulate(
     """
     with torch.set_grad_enabled(path_gradient), nullcontext() if path_gradient else process.tabulated():
         x = process.sample_initial(n, generator=generator) if initial is None else initial
-        states, seen, kernels = [x], [], []
-        for k in torch.arange(process.num_steps, device=x.device):
-            seen.append(_observe(process, target, x, path_gradient=path_gradient))
-            kernel = Gaussian(*process(k, x, seen[-1].score))
-            x = process.shift(k, process.place(x, _draw(process, kernel, 1.0 + exploration, generator)))
-            states.append(x)
-            kernels.append(kernel)
-        seen.append(_observe(process, target, x, path_gradient=path_gradient, terminal=True))
-        path, score = torch.stack(states), _stack([s.score for s in seen])
-        mean = torch.stack([kernel.mean for kernel in kernels])
-        variance = torch.stack([kernel.variance.expand(n, kernel.variance.shape[-1]) for kernel in kernels])
-        k = torch.arange(process.num_steps, device=x.device).unsqueeze(-1)
-        drawn = process.drawn(process.unshift(k, path[1:]))
-        log_forward = process.drawn_space.log_gaussian(drawn, mean, variance)
+        first = observe(process, target, x, path_gradient=path_gradient)
+        noises = (step_noise(process, x, generator) for _ in range(process.num_steps))
+        steps = range(process.num_steps)
+        way = walk(process, target, x, first, steps, noises, factor=1.0 + exploration, path_gradient=path_gradient)
+        path, sights = torch.cat([x.unsqueeze(0), way.states]), [first, *way.seen]
+        score = _stack([s.score for s in sights])
+        log_forward = process.drawn_space.log_gaussian(drawn_along(process, path, steps), *way.kernels)
         log_backward = _log_all(process, path, score, forward=False)[1]
         ratio = log_forward, log_backward
-        return _record(process, path, score, _levels(seen), ratio, on_policy=exploration == 0.0)
+        return record(process, path, score, _levels(sights), ratio, on_policy=exploration == 0.0)
 
 
-def _draw(process: Process, kernel: Gaussian, factor: float, generator: torch.Generator | None) -> Tensor:
+class Walk(NamedTuple):
+    """What a stretch of the forward chain leaves behind."""
+
+    states: Tensor
+    """States after each of its steps, ``(s, B, S)``."""
+    seen: list[Seen]
+    """What the target said about them."""
+    kernels: Gaussian
+    """The kernels that drew them, ``(s, B, ...)``."""
+
+
+def walk(
+    process: Process,
+    target: Target,
+    x: Tensor,
+    seen: Seen,
+    steps: range,
+    noises: Iterable[Tensor],
+    *,
+    factor: float = 1.0,
+    path_gradient: bool,
+) -> Walk:
+    """Run forward kernels from states ``x (B, S)`` with given noise ``(B, D)`` a step, inflated by ``factor``."""
+    states, sights, means, variances = [], [], [], []
+    for k, noise in zip(steps, noises, strict=True):
+        index = torch.tensor(k, device=x.device)
+        mean, variance = process(index, x, seen.score)
+        drawn = process.drawn_space.project(mean + factor * variance.sqrt() * noise)
+        x = process.shift(index, process.place(x, drawn))
+        last = k == process.num_steps - 1
+        seen = observe(process, target, x, path_gradient=path_gradient, terminal=last)
+        states.append(x)
+        sights.append(seen)
+        means.append(mean)
+        variances.append(variance.expand(len(x), variance.shape[-1]))
+    return Walk(torch.stack(states), sights, Gaussian(torch.stack(means), torch.stack(variances)))
+
+
+def drawn_along(process: Process, path: Tensor, steps: range) -> Tensor:
+    """What the kernels of some steps drew, ``(s, B, D)``, from the states ``(s + 1, B, S)`` around them."""
+    k = torch.arange(steps.start, steps.stop, device=path.device).unsqueeze(-1)
+    return process.drawn(process.unshift(k, path[1:]))
+
+
+def step_noise(process: Process, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard noise for one step from states ``x (B, S)``, shape ``(B, D)``."""
+    return process.drawn_space.noise((len(x),), like=process.drawn(x), generator=generator)
+
+
+def _draw(process: Process, kernel: Gaussian, generator: torch.Generator | None) -> Tensor:
     """A draw of a kernel with means ``(B, D)``."""
     space = process.drawn_space
     noise = space.noise(tuple(kernel.mean.shape[:-1]), like=kernel.mean, generator=generator)
-    return space.project(kernel.mean + factor * kernel.variance.sqrt() * noise)
+    return space.project(kernel.mean + kernel.variance.sqrt() * noise)
 
 
 def simulate_backward(
@@ -219,21 +272,21 @@ def simulate_backward(
     off-policy losses.
     """
     with torch.no_grad():
-        seen = [_observe(process, target, x, path_gradient=False, terminal=True)]
+        seen = [observe(process, target, x, path_gradient=False, terminal=True)]
         x = process.complete(x, seen[-1].score, generator=generator)
         states = [x]
         for k in torch.arange(process.num_steps - 1, -1, -1, device=x.device):
             x = process.unshift(k, x)
             if process.has_shift:
-                seen.append(_observe(process, target, x, path_gradient=False))
+                seen.append(observe(process, target, x, path_gradient=False))
             kernel = process.backward(k, x, seen[-1].score)
-            x = process.place(x, _draw(process, kernel, 1.0, generator))
+            x = process.place(x, _draw(process, kernel, generator))
             if not process.has_shift:
-                seen.append(_observe(process, target, x, path_gradient=False))
+                seen.append(observe(process, target, x, path_gradient=False))
             states.append(x)
         seen.reverse()
         path, score = torch.stack(states[::-1]), _stack([s.score for s in seen])
-        return _record(process, path, score, _levels(seen), _log_all(process, path, score), on_policy=False)
+        return record(process, path, score, _levels(seen), _log_all(process, path, score), on_policy=False)
 
 
 def retrace(
@@ -256,27 +309,27 @@ def retrace(
     with torch.no_grad():
         kernels = _log_all(process, x, score)
         end = log_terminal if log_prob is None else None
-        return _record(process, x, score, log_prob, kernels, on_policy=False, end=end)
+        return record(process, x, score, log_prob, kernels, on_policy=False, end=end)
 
 
-class _Seen(NamedTuple):
+class Seen(NamedTuple):
     """What the target said about one state."""
 
     log_prob: Tensor | None
     score: Tensor | None
 
 
-def _observe(process: Process, target: Target, state: Tensor, *, path_gradient: bool, terminal: bool = False) -> _Seen:
+def observe(process: Process, target: Target, state: Tensor, *, path_gradient: bool, terminal: bool = False) -> Seen:
     """Density and score at a state, each computed only if somebody needs it."""
     x = process.observed(state)
     if not process.needs_score:
-        return _Seen(target.log_prob(x).double() if terminal else None, None)
+        return Seen(target.log_prob(x).double() if terminal else None, None)
     if not path_gradient:
         log_prob, score = target.log_prob_and_score(x)
-        return _Seen(log_prob.double(), score.to(x.dtype))
+        return Seen(log_prob.double(), score.to(x.dtype))
     score = target.score(x, create_graph=not process.detach_score).to(x.dtype)
     needs_density = terminal or process.has_anchors
-    return _Seen(target.log_prob(x).double() if needs_density else None, score)
+    return Seen(target.log_prob(x).double() if needs_density else None, score)
 
 
 def _stack(scores: list[Tensor | None]) -> Tensor | None:
@@ -303,13 +356,13 @@ def _log_all(process: Process, x: Tensor, score: Tensor | None, *, forward: bool
     return log_f, log_b
 
 
-def _levels(seen: list[_Seen]) -> Tensor:
+def _levels(seen: list[Seen]) -> Tensor:
     """The target's log densities at all states, ``(K + 1, B)``, or only at the last one, ``(1, B)``."""
     known = [s.log_prob for s in seen if s.log_prob is not None]
     return torch.stack(known if len(known) == len(seen) else known[-1:])
 
 
-def _record(
+def record(
     process: Process,
     x: Tensor,
     score: Tensor | None,

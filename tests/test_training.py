@@ -268,6 +268,10 @@ def test_wrong_sources_are_refused():
         ({"learning_rate": 0.0}, "Expected learning_rate > 0; got 0.0"),
         ({"learning_rate": math.nan}, "Expected learning_rate > 0; got nan"),
         ({"bank_share": 1.5}, r"Expected bank_share in \[0, 1\]; got 1.5"),
+        ({"micro_batch": 0}, "Expected micro_batch >= 1 or None; got 0"),
+        ({"pieces": 0}, "Expected pieces >= 1; got 0"),
+        ({"clip_norm": 0.0}, "Expected clip_norm > 0; got 0.0"),
+        ({"ema_decay": 1.0}, r"Expected ema_decay in \[0, 1\); got 1.0"),
     ],
 )
 def test_bad_recipes_are_refused(options: dict, message: str):
@@ -347,7 +351,7 @@ def test_the_rate_of_each_group_decays_together():
     recipe = Recipe(steps=10, batch_size=8, learning_rate=1e-2)
     fit(process, gaussian(), objective, recipe, callback=lambda e: rates.append(e["learning_rate"]), log_every=1)
     assert rates[0] == recipe.learning_rate and all(a > b for a, b in zip(rates, rates[1:], strict=False))
-    assert rates[-1] > training.FINAL_RATE * recipe.learning_rate
+    assert rates[-1] > recipe.rate(1.0) * recipe.learning_rate
 
 
 LOSSES: dict[str, tuple[Objective, bool]] = {
