@@ -16,6 +16,7 @@ References:
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import final
@@ -26,7 +27,7 @@ from torch.nn import functional
 
 from diffsampler.space import Space
 
-__all__ = ["Control", "FourierMLP", "clip", "linear"]
+__all__ = ["Control", "ControlModule", "FourierMLP", "Gate", "clip", "linear"]
 
 
 def clip(x: Tensor, bound: float) -> Tensor:
@@ -105,81 +106,22 @@ class FourierMLP(nn.Module):
         return self.head(h)
 
 
-@final
-class Control(nn.Module):
-    r"""A network plus a gated feature, :math:`u = \mathrm{NN}(t, x) + w\, g(t)\, c \tanh(h / c)`.
+class ControlModule(nn.Module, ABC):
+    """What steers a chain.
 
     Arguments:
-        space: Where the points live; the network sees ``space.features(x)`` and returns tangent vectors.
-        generator: Source of the initial parameters.
-        gate_init: Value of every gate ``g`` before training.
-        bound: The clip ``c`` of the feature, per coordinate; a training aid that never touches the target.
-        feature_input: Whether the network also sees the clipped feature.
-        extra_inputs: Inputs of the network beside the point and the feature (a velocity).
+        space: Where the points live.
+        extra_inputs: Inputs beside the point and the feature (a velocity, a context).
         extra_outputs: Outputs beyond the control itself (for learned variances).
-        width: Width of the hidden layers.
-        depth: Number of hidden layers after the input layer.
-        point_features: Number of random Fourier features of the point.
     """
 
-    omega: Tensor
-
-    def __init__(
-        self,
-        space: Space,
-        *,
-        generator: torch.Generator,
-        gate_init: float = 1.0,
-        bound: float = 10.0,
-        feature_input: bool = False,
-        extra_inputs: int = 0,
-        extra_outputs: int = 0,
-        width: int = 64,
-        depth: int = 2,
-        point_features: int = 0,
-    ) -> None:
+    def __init__(self, space: Space, *, extra_inputs: int = 0, extra_outputs: int = 0) -> None:
         super().__init__()
         self.space = space
-        self.bound = bound
-        self.gate_init = gate_init
-        self.feature_input = feature_input
-        self.net = FourierMLP(
-            space.num_features + (space.dim if feature_input else 0) + extra_inputs,
-            space.dim + extra_outputs,
-            generator=generator,
-            width=width,
-            depth=depth,
-            point_features=point_features,
-        )
-        self.register_buffer("omega", torch.arange(1, 9) * (0.5 * math.pi))
-        # One gate for all coordinates where the space has no coordinates of its own (mean-free particles).
-        gates = space.dim if space.dof == space.dim else 1
-        self.gate = linear(16, gates, generator=generator, zero=True)
-        self._table: tuple[Tensor, Tensor] | None = None
+        self.extra_inputs = extra_inputs
+        self.extra_outputs = extra_outputs
 
-    @contextmanager
-    def tabulated(self, num_steps: int) -> Iterator[None]:
-        """Inside, times are looked up in the grid ``k / num_steps``, embedded once and without a graph."""
-        # Divided before the cast, as the grids of the processes are: both round alike.
-        t = (torch.arange(num_steps + 1) / num_steps).to(self.omega)
-        with torch.no_grad():
-            self._table = self.net.embed(t), self._gate(t)
-        try:
-            yield
-        finally:
-            self._table = None
-
-    def _gate(self, t: Tensor) -> Tensor:
-        angle = t.unsqueeze(-1) * self.omega
-        return self.gate_init + self.gate(torch.cat([angle.sin(), angle.cos()], -1))
-
-    def _embed(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        if self._table is None:
-            return self.net.embed(t), self._gate(t)
-        time, gate = self._table
-        k = (t * (len(time) - 1)).round().long()
-        return time[k], gate[k]
-
+    @abstractmethod
     def forward(
         self,
         t: Tensor,
@@ -198,6 +140,109 @@ class Control(nn.Module):
             weight: The factor ``w``, broadcastable to ``(..., D)``.
             beside: The extra inputs, shape ``(..., extra_inputs)``.
         """
+
+
+@final
+class Gate(nn.Module):
+    r"""A learned factor :math:`g(t)`, one for all coordinates or one for each.
+
+    Arguments:
+        space: Where the points live; spaces whose vectors have no coordinates of their own take a scalar gate.
+        generator: Source of the initial parameters; they are zero.
+        init: Its value before training.
+        scalar: Whether all coordinates share it.
+    """
+
+    omega: Tensor
+
+    def __init__(self, space: Space, *, generator: torch.Generator, init: float = 1.0, scalar: bool = False) -> None:
+        super().__init__()
+        self.init = init
+        self.register_buffer("omega", torch.arange(1, 9) * (0.5 * math.pi))
+        gates = space.dim if space.dof == space.dim and not scalar else 1
+        self.out = linear(16, gates, generator=generator, zero=True)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Values ``(..., 1)`` or ``(..., D)`` at times ``t (...)``."""
+        angle = t.unsqueeze(-1) * self.omega
+        return self.init + self.out(torch.cat([angle.sin(), angle.cos()], -1))
+
+
+@final
+class Control(ControlModule):
+    r"""A network plus a gated feature, :math:`u = \mathrm{NN}(t, x) + w\, g(t)\, c \tanh(h / c)`.
+
+    Arguments:
+        space: Where the points live; the network sees ``space.features(x)`` and returns tangent vectors.
+        generator: Source of the initial parameters.
+        gate_init: Value of every gate ``g`` before training.
+        scalar_gate: Whether all coordinates share one gate.
+        bound: The clip ``c`` of the feature, per coordinate; a training aid that never touches the target.
+        feature_input: Whether the network also sees the clipped feature.
+        extra_inputs: Inputs of the network beside the point and the feature (a velocity).
+        extra_outputs: Outputs beyond the control itself (for learned variances).
+        width: Width of the hidden layers.
+        depth: Number of hidden layers after the input layer.
+        point_features: Number of random Fourier features of the point.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        *,
+        generator: torch.Generator,
+        gate_init: float = 1.0,
+        scalar_gate: bool = False,
+        bound: float = 10.0,
+        feature_input: bool = False,
+        extra_inputs: int = 0,
+        extra_outputs: int = 0,
+        width: int = 64,
+        depth: int = 2,
+        point_features: int = 0,
+    ) -> None:
+        super().__init__(space, extra_inputs=extra_inputs, extra_outputs=extra_outputs)
+        self.bound = bound
+        self.feature_input = feature_input
+        self.net = FourierMLP(
+            space.num_features + (space.dim if feature_input else 0) + extra_inputs,
+            space.dim + extra_outputs,
+            generator=generator,
+            width=width,
+            depth=depth,
+            point_features=point_features,
+        )
+        self.gate = Gate(space, generator=generator, init=gate_init, scalar=scalar_gate)
+        self._table: tuple[Tensor, Tensor] | None = None
+
+    @contextmanager
+    def tabulated(self, num_steps: int) -> Iterator[None]:
+        """Inside, times are looked up in the grid ``k / num_steps``, embedded once and without a graph."""
+        # Divided before the cast, as the grids of the processes are: both round alike.
+        t = (torch.arange(num_steps + 1) / num_steps).to(self.gate.omega)
+        with torch.no_grad():
+            self._table = self.net.embed(t), self.gate(t)
+        try:
+            yield
+        finally:
+            self._table = None
+
+    def _embed(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        if self._table is None:
+            return self.net.embed(t), self.gate(t)
+        time, gate = self._table
+        k = (t * (len(time) - 1)).round().long()
+        return time[k], gate[k]
+
+    def forward(
+        self,
+        t: Tensor,
+        x: Tensor,
+        feature: Tensor,
+        weight: Tensor | float = 1.0,
+        *,
+        beside: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         feature = clip(feature, self.bound)
         inputs = [self.space.features(x)]
         if self.feature_input:

@@ -90,8 +90,8 @@ def test_network_is_periodic_on_a_torus():
 
 
 def test_mean_free_controls_have_one_gate():
-    assert Control(MeanFree(3, 2), generator=generator()).gate.out_features == 1
-    assert Control(Euclidean(6), generator=generator()).gate.out_features == 6
+    assert Control(MeanFree(3, 2), generator=generator()).gate.out.out_features == 1
+    assert Control(Euclidean(6), generator=generator()).gate.out.out_features == 6
 
 
 def test_gradients_reach_every_parameter_once_the_head_is_not_zero():

@@ -18,7 +18,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from diffsampler.networks import Control
+from diffsampler.controls import ScoreFeature, chosen_control, gated, needs_score
+from diffsampler.networks import ControlModule
 from diffsampler.objective import Objective
 from diffsampler.process import Gaussian, Process
 from diffsampler.sampler import DiffusionSampler
@@ -37,6 +38,9 @@ class DDSProcess(Process):
         space: Euclidean or mean-free space.
         schedule: A variance-preserving noise schedule.
         scale: Standard deviation ``S`` of the prior; it must cover the target.
+        control: What steers the chain, a network by default (:mod:`diffsampler.controls`); then options of the network
+            have no effect.
+        feature: Which score its gate multiplies, by default the difference between the target's and the prior's.
         width: Width of the network.
         point_features: Random Fourier features of the point.
         detach_score: Whether pathwise losses treat the score as a constant.
@@ -57,6 +61,8 @@ class DDSProcess(Process):
         schedule: NoiseSchedule,
         *,
         scale: float = 1.0,
+        control: ControlModule | None = None,
+        feature: ScoreFeature | None = None,
         width: int = 64,
         point_features: int = 0,
         detach_score: bool = True,
@@ -69,7 +75,7 @@ class DDSProcess(Process):
         if not torch.allclose(schedule.contraction.square() + schedule.variance, torch.ones_like(schedule.variance)):
             raise ValueError("Expected a variance-preserving schedule, a_k^2 + v_k = 1.")
         num_steps = len(schedule.variance)
-        super().__init__(space, num_steps, detach_score=detach_score, has_bridge=True)
+        super().__init__(space, num_steps, needs_score=needs_score(feature), detach_score=detach_score, has_bridge=True)
         self.register_buffer("scale", torch.tensor(float(scale)))
         self.register_buffer("time", torch.arange(num_steps + 1) / num_steps)
         self.register_buffer("contraction", schedule.contraction.float().unsqueeze(-1))
@@ -78,7 +84,8 @@ class DDSProcess(Process):
         self.register_buffer("total_contraction", schedule.total_contraction.float().unsqueeze(-1))
         self.register_buffer("total_noise", schedule.total_variance.sqrt().float().unsqueeze(-1))
         generator = torch.Generator().manual_seed(seed)
-        self.control = Control(space, generator=generator, width=width, point_features=point_features)
+        self.feature = feature
+        self.control = chosen_control(control, space, generator=generator, width=width, point_features=point_features)
 
     def sample_initial(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         return self.scale * self.space.noise((n,), like=self.time, generator=generator)
@@ -87,9 +94,9 @@ class DDSProcess(Process):
         return self.space.log_gaussian(x, torch.zeros_like(x), self.scale.square().reshape(1))
 
     def forward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
-        assert score is not None
-        residual = self.scale * score + x / self.scale
-        control, _ = self.control(self.time[k], x / self.scale, residual, self.signal[k])
+        t, z = self.time[k], x / self.scale
+        score = None if score is None else self.scale * score
+        control, _ = self.control(t, z, *gated(self.feature, t, score, -z, self.signal[k]))
         variance = self.variance[k]
         return Gaussian(self.contraction[k] * x + self.scale * variance * control, self.scale.square() * variance)
 

@@ -28,7 +28,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from diffsampler.networks import Control
+from diffsampler.controls import ScoreFeature, chosen_control, gated, needs_score
+from diffsampler.networks import ControlModule
 from diffsampler.objective import Objective
 from diffsampler.process import Gaussian, Process
 from diffsampler.sampler import DiffusionSampler
@@ -48,6 +49,9 @@ class DISProcess(Process):
         schedule: The noising chain.
         scale: Scale ``S`` of the target (on a torus 1).
         learn_variance: Whether forward variances carry a learned factor in ``(e^-2, e^2)``.
+        control: What steers the chain, a network by default (:mod:`diffsampler.controls`); then options of the network
+            have no effect.
+        feature: Which score its gate multiplies, by default the difference between the target's and the prior's.
         width: Width of the network.
         point_features: Random Fourier features of the point.
         extra_inputs: Inputs of the network beside the point (a context).
@@ -77,6 +81,8 @@ class DISProcess(Process):
         *,
         scale: float = 1.0,
         learn_variance: bool = True,
+        control: ControlModule | None = None,
+        feature: ScoreFeature | None = None,
         width: int = 64,
         point_features: int = 0,
         extra_inputs: int = 0,
@@ -89,7 +95,7 @@ class DISProcess(Process):
         if self.uniform_start and not bool((schedule.contraction == 1.0).all()):
             raise ValueError("Expected an exploding schedule (a_k = 1) on a torus: it cannot contract.")
         num_steps = len(schedule.variance)
-        super().__init__(space, num_steps, detach_score=detach_score, has_bridge=True)
+        super().__init__(space, num_steps, needs_score=needs_score(feature), detach_score=detach_score, has_bridge=True)
         self.learn_variance = learn_variance
         a, v, total_a, total_v = schedule
         spread = (total_a.square() + total_v).sqrt()
@@ -115,7 +121,9 @@ class DISProcess(Process):
         generator = torch.Generator().manual_seed(seed)
         # Mean-free kernels must stay isotropic: one learned factor for all coordinates.
         factors = space.dim if space.dof == space.dim else 1
-        self.control = Control(
+        self.feature = feature
+        self.control = chosen_control(
+            control,
             space,
             generator=generator,
             bound=5.0,
@@ -138,11 +146,12 @@ class DISProcess(Process):
         return self.space.log_gaussian(x, torch.zeros_like(x), (self.scale * self.spread[0]).square())
 
     def forward(self, k: Tensor, x: Tensor, score: Tensor | None, *, beside: Tensor | None = None) -> Gaussian:
-        assert score is not None
-        z = x / self.scale
-        residual = self.scale * score if self.uniform_start else self.scale * score + z
+        t, z = self.time[k], x / self.scale
+        score = None if score is None else self.scale * score
+        prior_score = torch.zeros_like(z) if self.uniform_start else -z
         level, reach = self.level[k], self.reach[k]
-        control, extra = self.control(self.time[k], z / self.spread[k], level * residual, self.signal[k], beside=beside)
+        seen, weight = gated(self.feature, t, score, prior_score, self.signal[k])
+        control, extra = self.control(t, z / self.spread[k], level * seen, weight, beside=beside)
         if self.uniform_start:
             # There is no linear prediction on a torus: the noised score is the control itself.
             mean = x + self.noise[k] / level * control

@@ -35,7 +35,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from diffsampler.networks import Control, FourierMLP, clip
+from diffsampler.controls import ScoreFeature, chosen_control, gated, needs_score
+from diffsampler.networks import ControlModule, FourierMLP, clip
 from diffsampler.objective import Objective, SubTrajectoryBalance, TrajectoryBalance
 from diffsampler.process import Gaussian, Process
 from diffsampler.sampler import DiffusionSampler
@@ -60,6 +61,9 @@ class GFNProcess(Process):
         learn_variance: Whether forward variances carry a learned factor in ``(e^-4, e^4)``.
         backward_range: Backward means and variances carry learned factors within ``1 +- backward_range``; 0 for none.
         flow: Whether there is a flow function (an anchor for sub-trajectory losses).
+        control: What steers the chain, a network by default (:mod:`diffsampler.controls`); then options of the network
+            have no effect.
+        feature: Which score its gate multiplies, by default the difference between the target's and the prior's.
         width: Width of the networks.
         point_features: Random Fourier features of the point.
         detach_score: Whether pathwise losses treat the score as a constant.
@@ -80,6 +84,8 @@ class GFNProcess(Process):
         learn_variance: bool = False,
         backward_range: float = 0.0,
         flow: bool = True,
+        control: ControlModule | None = None,
+        feature: ScoreFeature | None = None,
         width: int = 64,
         point_features: int = 0,
         detach_score: bool = True,
@@ -94,6 +100,7 @@ class GFNProcess(Process):
         super().__init__(
             space,
             num_steps,
+            needs_score=needs_score(feature) or flow,
             detach_score=detach_score,
             has_bridge=backward_range == 0.0,
             learns_backward=backward_range > 0.0,
@@ -108,7 +115,9 @@ class GFNProcess(Process):
         generator = torch.Generator().manual_seed(seed)
         # Mean-free kernels must stay isotropic: one learned factor for all coordinates.
         factors = space.dim if space.dof == space.dim else 1
-        self.control = Control(
+        self.feature = feature
+        self.control = chosen_control(
+            control,
             space,
             generator=generator,
             bound=5.0,
@@ -131,13 +140,13 @@ class GFNProcess(Process):
         return x.new_zeros(x.shape[:-1], dtype=torch.float64)
 
     def forward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
-        assert score is not None
         tau, after = self.tau[k], self.tau[k + 1]
         step, left = after - tau, 1.0 - tau
-        residual = self.scale * score + x / self.scale
+        score = None if score is None else self.scale * score
+        residual, weight = gated(self.feature, self.time[k], score, -x / self.scale, tau)
         # The marginal spread of the prior, from the first step on: there x is the origin.
         seen = x / (self.scale * torch.maximum(tau, self.tau[1]).sqrt())
-        control, extra = self.control(self.time[k], seen, left.sqrt() * residual, tau)
+        control, extra = self.control(self.time[k], seen, left.sqrt() * residual, weight)
         mean = x + self.scale * step / left.sqrt() * control
         variance = self.scale.square() * step
         if self.learn_variance:

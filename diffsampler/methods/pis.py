@@ -21,7 +21,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from diffsampler.networks import Control
+from diffsampler.controls import ScoreFeature, chosen_control, gated, needs_score
+from diffsampler.networks import ControlModule
 from diffsampler.objective import Objective
 from diffsampler.process import Gaussian, Process
 from diffsampler.sampler import DiffusionSampler
@@ -39,6 +40,9 @@ class PISProcess(Process):
         space: Euclidean or mean-free space.
         num_steps: Number of steps ``K``.
         scale: Standard deviation ``S`` of the uncontrolled end point; it must cover the target.
+        control: What steers the chain, a network by default (:mod:`diffsampler.controls`); then options of the network
+            have no effect.
+        feature: Which score its gate multiplies, by default the difference between the target's and the prior's.
         width: Width of the network.
         point_features: Random Fourier features of the point.
         detach_score: Whether pathwise losses treat the score as a constant.
@@ -54,6 +58,8 @@ class PISProcess(Process):
         num_steps: int = 64,
         *,
         scale: float = 1.0,
+        control: ControlModule | None = None,
+        feature: ScoreFeature | None = None,
         width: int = 64,
         point_features: int = 0,
         detach_score: bool = True,
@@ -61,11 +67,12 @@ class PISProcess(Process):
     ) -> None:
         if isinstance(space, Torus):
             raise ValueError("Expected a Euclidean or mean-free space: the Brownian bridge of a torus is not Gaussian.")
-        super().__init__(space, num_steps, detach_score=detach_score, has_bridge=True)
+        super().__init__(space, num_steps, needs_score=needs_score(feature), detach_score=detach_score, has_bridge=True)
         self.register_buffer("scale", torch.tensor(_positive("scale", scale)))
         self.register_buffer("time", torch.arange(num_steps + 1) / num_steps)
         generator = torch.Generator().manual_seed(seed)
-        self.control = Control(space, generator=generator, width=width, point_features=point_features)
+        self.feature = feature
+        self.control = chosen_control(control, space, generator=generator, width=width, point_features=point_features)
 
     def sample_initial(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         return self.time.new_zeros(n, self.space.dim)
@@ -74,10 +81,9 @@ class PISProcess(Process):
         return x.new_zeros(x.shape[:-1], dtype=torch.float64)
 
     def forward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
-        assert score is not None
-        t, step = self.time[k], 1.0 / self.num_steps
-        residual = self.scale * score + x / self.scale
-        control, _ = self.control(t, x / self.scale, residual, t.unsqueeze(-1))
+        t, step, z = self.time[k], 1.0 / self.num_steps, x / self.scale
+        score = None if score is None else self.scale * score
+        control, _ = self.control(t, z, *gated(self.feature, t, score, -z, t.unsqueeze(-1)))
         variance = self.scale.square() * step * torch.ones_like(t).unsqueeze(-1)
         return Gaussian(x + self.scale * step * control, variance)
 
