@@ -182,9 +182,10 @@ def island_findings(final: SMCResult, *, prior: bool) -> list[FindingTuple]:
 def _search_findings(particles: Particles, modes: ModeSet | None, report: SearchReport | None) -> list[FindingTuple]:
     findings: list[FindingTuple] = []
     if report is not None and report.singletons and not report.continuum:
+        found = "1 mode was" if report.singletons == 1 else f"{report.singletons} modes were each"
         message = (
-            f"{report.singletons} modes were each found by one start of {report.starts} only; the chance that the next "
-            f"start finds a new mode is about {report.missing_rate:.1g}."
+            f"{found} found by one start of {report.starts} only; the chance that the next start finds a new mode is "
+            f"about {report.missing_rate:.1g}."
         )
         findings.append(("warning", message, "Raise the budget of the search."))
     if modes is not None:

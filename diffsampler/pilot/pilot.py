@@ -178,7 +178,7 @@ def _modes(job: Job, target: Target, fits: MeanFieldFits) -> tuple[ModeSet, Sear
         generator=job.generator,
     )
     job.chosen["modes"] = {"first_batch": first, "batch": batch, "max_evaluations": budget, **asdict(report)}
-    if report.stopped == "budget":
+    if report.stopped == "budget" and job.meter.limited:
         job.cut(f"{report.starts} starts of the mode search")
     return modes, report
 

@@ -52,7 +52,9 @@ def sorted_share(log_weight: Tensor) -> Tensor:
 def draw(path: Path, target: targets.GaussianMixture, fits: dict[str, ds.Fit]) -> None:
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(2, 4, figsize=(13.0, 6.2), layout="constrained", height_ratios=(5, 4))
+    figure, panels = pyplot.subplots(2, 4, figsize=(13.0, 6.4), layout="constrained", height_ratios=(5, 4))
+    # Square panels may push their titles over the edge.
+    figure.get_layout_engine().set(rect=(0.0, 0.0, 1.0, 0.97))
     truth = target.mode_weights()
     for column, (name, fit) in enumerate(fits.items()):
         x = fit.particles.resample(1000, generator=torch.Generator().manual_seed(0))
@@ -61,7 +63,7 @@ def draw(path: Path, target: targets.GaussianMixture, fits: dict[str, ds.Fit]) -
         panels[0, column].set(xlim=(-9.0, 9.0), ylim=(-9.0, 9.0), aspect="equal")
         log_z = f"log Z {fit.log_normalizer}" if fit.particles.has_normalizer else "log Z: chains have none"
         lost = int((share == 0).sum())
-        panels[0, column].set_title(f"{name}\n{log_z}, {lost} modes lost", fontsize=9)
+        panels[0, column].set_title(f"{name}\n{log_z}, modes lost: {lost}", fontsize=9)
         panel = panels[1, column]
         if fit.particles.has_normalizer:
             held = sorted_share(fit.particles.log_weight)
@@ -75,7 +77,7 @@ def draw(path: Path, target: targets.GaussianMixture, fits: dict[str, ds.Fit]) -
                 panel.plot(chain.tolist(), lw=0.6)
             panel.set(xlabel="draw", ylabel="$x_1$ of each chain")
             note = f"ess {fit.ess:.0f} of {len(fit.particles)}"
-        panel.set_title(f"{note}\n{len(fit.findings)} findings", fontsize=9)
+        panel.set_title(f"{note}\nfindings: {len(fit.findings)}", fontsize=9)
     panels[0, 0].set_ylabel("1,000 draws")
     panels[1, 0].set_ylabel("share of the weight")
     figure.savefig(path, dpi=130)
