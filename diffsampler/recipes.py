@@ -84,6 +84,10 @@ class MappedSampler(Sampler):
     def evaluations(self) -> int:
         return self.inner.evaluations
 
+    @property
+    def findings(self) -> list[tuple[str, str, str]]:
+        return self.inner.findings
+
     def sample(self, n: int, *, seed: int = 0) -> Particles:
         particles = self.inner.sample(n, seed=seed)
         x = self.to_original(particles.x)

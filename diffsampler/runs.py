@@ -139,7 +139,8 @@ def _draw(task: Task, sampler: Sampler) -> tuple[Particles, list[Finding]]:
     if n < task.num_samples:
         message = f"The budget of evaluations paid for {n} of {task.num_samples} draws."
         findings.append(Finding("warning", message, "Raise the budget."))
-    return sampler.sample(n, seed=task.seed), findings
+    particles = sampler.sample(n, seed=task.seed)
+    return particles, [*findings, *(Finding(*finding) for finding in sampler.findings)]  # type: ignore[arg-type]
 
 
 def _search_limit(task: Task) -> Callable[[], float]:

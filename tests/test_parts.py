@@ -10,6 +10,7 @@ import torch
 from cases import F64, MAKERS, gaussian, mixture, perturb
 from torch import Tensor
 
+import diffsampler as ds
 from diffsampler.lessons import Bridges, Paths
 from diffsampler.methods.cmcd import CMCD
 from diffsampler.methods.dds import DDS
@@ -24,6 +25,7 @@ from diffsampler.objective import (
 )
 from diffsampler.process import Process
 from diffsampler.rates import Constant, Cosine, Exponential, Linear, Rate, Warmup
+from diffsampler.recipes import MappedSampler
 from diffsampler.sources import Draw, Exploratory, OnPolicy, Stored
 from diffsampler.space import Euclidean
 from diffsampler.target import Target
@@ -195,6 +197,14 @@ def test_skipped_steps_are_counted_and_said():
     assert level == "warning" and f"{int(skipped)} of 40 training steps" in message and "learning_rate" in remedy
     sound = DDS(gaussian(), num_steps=3, width=8).fit(steps=2, batch_size=8)
     assert sound.history[-1]["skipped"] == 0 and sound.findings == []
+
+
+def test_skipped_steps_reach_the_front_door():
+    inner = DDS(gaussian(), num_steps=3, width=8).fit(steps=1, batch_size=8)
+    inner.history[-1].update(step=100, skipped=30)
+    fit = ds.sample(gaussian(), method=inner, num_samples=64)
+    assert [f.message for f in fit.findings if "30 of 100 training steps had no finite gradient" in f.message]
+    assert MappedSampler(gaussian(), inner, lambda x: x).findings == inner.findings
 
 
 # Rates

@@ -282,6 +282,10 @@ class SCLD(Sampler):
         return self._counted.evaluations
 
     @property
+    def findings(self) -> list[tuple[str, str, str]]:
+        return self.chain.findings
+
+    @property
     def history(self) -> list[dict[str, float]]:
         """Training history, a list of dicts; weights there are those of the populations."""
         return self.chain.history
