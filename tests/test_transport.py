@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from diffsampler.pilot import profile as profiles
 from diffsampler.pilot.frame import joint_diagonalise, separating_frame
 from diffsampler.pilot.profile import drivers, laplace_profile, profile_from_draws
 from diffsampler.pilot.reference import student_t
@@ -132,6 +133,27 @@ def test_profile_reaches_the_neck_that_draws_lack():
     gap = funnel_log_prob(fresh) - profile.mixture().log_prob(fresh)
     assert 0.0 < float(gap.mean()) < 1.0
     assert float(gap.max()) < 5.0
+
+
+@pytest.mark.parametrize("followed", [True, False])
+def test_profile_follows_modes_that_bend_away(monkeypatch, followed):
+    """A chain of parabolas: x_0 ~ N(1, 10), x_1 close to x_0^2, x_2 to x_1^2; the draws end at a third of its width."""
+
+    def chain(x):
+        return -0.05 * (x[:, 0] - 1.0).square() - 5.0 * (x[:, 1:] - x[:, :-1].square()).square().sum(-1)
+
+    x = normal(2000, 3, seed=4)
+    x[:, 0] = x[:, 0].clamp(-2.5, 2.5)
+    x[:, 1] = x[:, 0].square() + 0.3 * x[:, 1]
+    x[:, 2] = x[:, 1].square() + 0.3 * x[:, 2]
+    if not followed:
+        monkeypatch.setattr(profiles, "_followed", lambda target, profile, **_: profile)
+    profile = profile_from_draws(Target.from_log_prob(chain, dim=3), 0, x)
+    mean = float((profile.weights() * profile.grid).sum())
+    variance = float((profile.weights() * (profile.grid - mean).square()).sum())
+    # The Laplace approximation of x_1 and x_2 given x_0 is off where x_0 is near 0; far out it is exact.
+    near = abs(mean - 1.0) < 0.3 and abs(math.sqrt(variance / 10.0) - 1.0) < 0.1
+    assert near == followed, "without following, the control, the profile ends where Newton's method does"
 
 
 def test_profile_without_conditional_peaks_is_none():

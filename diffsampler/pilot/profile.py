@@ -50,21 +50,38 @@ class Profile:
     tril: Tensor
     log_mass: Tensor
 
+    @property
+    def step(self) -> float:
+        """Distance of neighbours on the grid."""
+        return float(self.grid[1] - self.grid[0])
+
+    def alive(self) -> Tensor:
+        """Which grid points carry mass worth a component, shape ``(G,)``."""
+        return self.log_mass > self.log_mass.max() - DEPTH
+
+    def part(self, index: slice | Tensor) -> Profile:
+        """Some of the grid points."""
+        return Profile(self.index, self.grid[index], self.mode[index], self.tril[index], self.log_mass[index])
+
+    def joined(self, other: Profile) -> Profile:
+        """These grid points followed by others."""
+        pairs = ((getattr(self, name), getattr(other, name)) for name in ("grid", "mode", "tril", "log_mass"))
+        return Profile(self.index, *(torch.cat(pair) for pair in pairs))
+
     def weights(self) -> Tensor:
         """Probability of each grid point, shape ``(G,)``."""
         return torch.softmax(self.log_mass, 0)
 
     def tail(self, value: float, *, below: bool) -> float:
         """Probability that the coordinate lies below (or above) a value, each grid point's spread over its cell."""
-        step = float(self.grid[1] - self.grid[0])
+        step = self.step
         inside = ((value - self.grid) / step + 0.5).clamp(0.0, 1.0)
         return float((self.weights() * (inside if below else 1.0 - inside)).sum())
 
     def mixture(self, *, df: float = 8.0, inflate: float = 1.1) -> EllipticalMixture:
         """Mixture of Gaussians along the grid, tilted with the slope of the conditional modes."""
-        keep = self.log_mass > self.log_mass.max() - DEPTH
+        keep, step = self.alive(), self.step
         count, dim = int(keep.sum()), self.mode.shape[1]
-        step = float(self.grid[1] - self.grid[0])
         others = [j for j in range(dim) if j != self.index]
         slope = torch.gradient(self.mode, spacing=(step,), dim=0)[0][keep]
         factor = self.mode.new_zeros(count, dim, dim)
@@ -200,23 +217,48 @@ def profile_from_draws(target: Target, index: int, x: Tensor, *, size: int = 64,
     others = [j for j in range(x.shape[1]) if j != index]
     low, high = torch.quantile(x[:, index], x.new_tensor([0.005, 0.995])).tolist()
     reach = 2.0 * (high - low)
-    low, high = low - reach, high + reach
-    profile = None
-    for count in (size // 2, size):
-        grid = torch.linspace(low, high, count, dtype=x.dtype, device=x.device)
-        if profile is None:
-            start, scale = _local_moments(x, index, grid, others)
-        else:
-            nearest = (grid.unsqueeze(-1) - profile.grid).abs().argmin(-1)
-            start = profile.mode[nearest]
-            scale = profile.tril.square().sum(-1).sqrt()[nearest]
-        profile = laplace_profile(target, index, grid, start, scale, steps=steps)
-        alive = profile.log_mass > profile.log_mass.max() - DEPTH
-        if int(alive.sum()) < 4:
-            return None
-        step = float(grid[1] - grid[0])
-        low, high = float(grid[alive].min()) - step, float(grid[alive].max()) + step
+    grid = torch.linspace(low - reach, high + reach, size // 2, dtype=x.dtype, device=x.device)
+    wide = laplace_profile(target, index, grid, *_local_moments(x, index, grid, others), steps=steps)
+    if int(wide.alive().sum()) < 4:
+        return None
+    wide = _followed(target, wide, steps=steps, most=size // 2)
+    alive, step = wide.grid[wide.alive()], wide.step
+    grid = torch.linspace(float(alive.min()) - step, float(alive.max()) + step, size, dtype=x.dtype, device=x.device)
+    profile = laplace_profile(target, index, grid, *_between(wide, grid), steps=steps)
+    return profile if int(profile.alive().sum()) >= 4 else None
+
+
+def _followed(target: Target, profile: Profile, *, steps: int, most: int) -> Profile:
+    """The profile, continued from its ends while there is mass: modes that bend away are found from their neighbours.
+
+    Draws know nothing beyond the last of them, and Newton's method from there may not reach a curved ridge.
+    """
+    ends = torch.nonzero(profile.alive()).flatten()[[0, -1]].tolist()
+    profile = profile.part(slice(ends[0], ends[1] + 1))
+    for side in (-1, 1):
+        for _ in range(most):
+            order = slice(None, 2) if side < 0 else slice(-2, None)
+            near = profile.part(order)
+            last, before = (0, 1) if side < 0 else (1, 0)
+            start = (2.0 * near.mode[last] - near.mode[before]).unsqueeze(0)
+            scale = near.tril[last].square().sum(-1).sqrt().unsqueeze(0)
+            grid = near.grid[last : last + 1] + side * profile.step
+            new = laplace_profile(target, profile.index, grid, start, scale, steps=steps)
+            if not float(new.log_mass) > float(profile.log_mass.max()) - DEPTH:
+                break
+            profile = new.joined(profile) if side < 0 else profile.joined(new)
     return profile
+
+
+def _between(profile: Profile, grid: Tensor) -> tuple[Tensor, Tensor]:
+    """Modes ``(G, D)``, between those of the two nearest points that have one, and scales ``(G, D - 1)`` on a grid."""
+    known = profile.part(torch.isfinite(profile.log_mass))
+    right = torch.searchsorted(known.grid, grid.contiguous()).clamp(1, len(known.grid) - 1)
+    left = right - 1
+    share = ((grid - known.grid[left]) / (known.grid[right] - known.grid[left])).clamp(0.0, 1.0).unsqueeze(-1)
+    scale = known.tril.square().sum(-1).sqrt()
+    nearest = torch.where(share > 0.5, scale[right], scale[left])
+    return (1.0 - share) * known.mode[left] + share * known.mode[right], nearest
 
 
 def _local_moments(x: Tensor, index: int, grid: Tensor, others: list[int]) -> tuple[Tensor, Tensor]:
