@@ -12,7 +12,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "experiments" / "methods"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "show")
-STEPS = {"mixflow": 20, "ensemble_score": 10}
+STEPS = {"mixflow": 20, "ensemble_score": 10, "foellmer": 8}
 LINES = {"mcd": 2, "adjoint": 2, "underdamped": 3, "conditional": 3}
 
 
@@ -30,8 +30,15 @@ def load(monkeypatch):
 
 
 def test_there_is_an_example_of_every_kind():
-    assert len(NAMES) == 15
+    assert len(NAMES) == 17
     assert all(len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 60 for name in NAMES)
+
+
+def test_no_example_hides_a_module_of_the_standard_library():
+    """A script's folder comes first on the path: with a ``dis.py`` in it, importing torch would run the example."""
+    for folder in ("experiments", "experiments/methods", "experiments/tutorials"):
+        names = {path.stem for path in (Path(__file__).parents[1] / folder).glob("*.py")}
+        assert not names & set(sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize("name", NAMES)
