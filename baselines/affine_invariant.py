@@ -33,7 +33,7 @@ from torch import Tensor
 
 from diffsampler.particles import Particles
 from diffsampler.sampler import Sampler
-from diffsampler.space import Space, Torus
+from diffsampler.space import EuclideanTorus, Space, Torus
 from diffsampler.target import CountedTarget, Target
 
 __all__ = ["AffineInvariant", "Differential", "EnsembleMove", "Stretch", "ensemble_effective_sample_size", "starts"]
@@ -145,7 +145,7 @@ class AffineInvariant(Sampler):
     ) -> None:
         least = 2 * (target.space.dof + 1)
         self.num_walkers = max(32, 2 * least) if num_walkers is None else num_walkers
-        if isinstance(target.space, Torus):
+        if isinstance(target.space, Torus | EuclideanTorus):
             raise ValueError("Expected a target on a vector space, which has affine maps; got one on a torus.")
         if self.num_walkers < least or self.num_walkers % 2:
             raise ValueError(f"Expected an even number of at least {least} walkers; got {self.num_walkers}.")

@@ -27,7 +27,7 @@ from torch import Tensor
 from diffsampler.baselines.affine_invariant import ensemble_effective_sample_size, starts
 from diffsampler.particles import Particles
 from diffsampler.sampler import Sampler
-from diffsampler.space import Torus
+from diffsampler.space import EuclideanTorus, Torus
 from diffsampler.target import CountedTarget, Target
 
 __all__ = ["ALDI", "aldi_step"]
@@ -102,7 +102,7 @@ class ALDI(Sampler):
     ) -> None:
         dof = target.space.dof
         self.num_particles = max(32, 4 * (dof + 1)) if num_particles is None else num_particles
-        if isinstance(target.space, Torus):
+        if isinstance(target.space, Torus | EuclideanTorus):
             raise ValueError("Expected a target on a vector space, which has affine maps; got one on a torus.")
         if self.num_particles <= dof + 1:
             raise ValueError(f"Expected more than dof + 1 = {dof + 1} particles; got {self.num_particles}.")

@@ -43,6 +43,7 @@ from diffsampler.result import Fit as Fit
 from diffsampler.result import load as load
 from diffsampler.sampler import Sampler as Sampler
 from diffsampler.space import Euclidean as Euclidean
+from diffsampler.space import EuclideanTorus as EuclideanTorus
 from diffsampler.space import MeanFree as MeanFree
 from diffsampler.space import Space as Space
 from diffsampler.space import Torus as Torus

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffsampler.space import Euclidean, Torus
+from diffsampler.space import Euclidean, EuclideanTorus, Torus
 from diffsampler.target import Target, shape_message
 
 __all__ = ["check_points", "check_target", "differing_point", "working_dtype"]
@@ -75,7 +75,7 @@ def check_target(target: Target, *, device: torch.device | None = None) -> list[
     log_prob = _evaluate(target, x)
     usable = _check_values(log_prob, x)
     _check_batch(target, x, log_prob)
-    if isinstance(target.space, Torus):
+    if isinstance(target.space, Torus | EuclideanTorus):
         _check_period(target, x, log_prob)
     score = _check_score(target, x[usable], log_prob[usable])
     if isinstance(target.space, Euclidean) and target.prior is None:
@@ -173,6 +173,8 @@ def _check_batch(target: Target, x: Tensor, log_prob: Tensor) -> None:
 
 def _check_period(target: Target, x: Tensor, log_prob: Tensor) -> None:
     shift = 2.0 * math.pi * (torch.arange(x.numel(), device=x.device) % 2).reshape(x.shape)
+    if isinstance(target.space, EuclideanTorus):
+        shift[:, : target.space.n] = 0.0
     shifted = _evaluate(target, x + shift.to(x))
     wrong = _differ(shifted, log_prob)
     if bool(wrong.any()):

@@ -32,7 +32,7 @@ from diffsampler.refinement import Course, refine
 from diffsampler.sampler import DiffusionSampler, Sampler
 from diffsampler.schedule import variance_exploding
 from diffsampler.smc import SMCResult, smc
-from diffsampler.space import Euclidean, MeanFree, Torus
+from diffsampler.space import Euclidean, EuclideanTorus, MeanFree, Torus
 from diffsampler.target import AffineTarget, Target
 from diffsampler.tempering import TemperedPath
 
@@ -110,7 +110,8 @@ def standardize(target: Target, *, generator: torch.Generator, paid: Paid = _unl
     device = generator.device
     one = torch.ones(1, dtype=torch.float64, device=device)
     origin = torch.zeros(space.dim, dtype=torch.float64, device=device)
-    if isinstance(space, Torus):
+    if isinstance(space, Torus | EuclideanTorus):
+        # Angles have a scale already.
         return AffineTarget(target, origin, one), 0.3
     if not isinstance(space, Euclidean):
         return AffineTarget(target, origin, one * _isotropic_scale(target, generator)), 0.3

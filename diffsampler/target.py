@@ -16,7 +16,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from diffsampler.space import Euclidean, Space
+from diffsampler.space import Euclidean, EuclideanTorus, Space, Torus
 
 __all__ = ["AffineTarget", "CastTarget", "CountedTarget", "ForwardingTarget", "FunctionTarget", "Target"]
 
@@ -285,6 +285,8 @@ class AffineTarget(Target):
             raise ValueError("Expected positive scales.")
         if scale.shape != (1,) and not isinstance(target.space, Euclidean):
             raise ValueError(f"Expected one scale of shape (1,) on {target.space}; got {tuple(scale.shape)}.")
+        if isinstance(target.space, Torus | EuclideanTorus) and bool((scale != 1.0).any()):
+            raise ValueError(f"Expected scale 1 on {target.space}: the period of angles is what it is; got {scale}.")
         super().__init__(
             target.space,
             log_normalizer=target.log_normalizer,

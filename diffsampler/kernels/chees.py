@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from diffsampler.kernel import Info, State
-from diffsampler.space import Space, Torus
+from diffsampler.space import EuclideanTorus, Space, Torus
 
 __all__ = ["ChEES", "TrajectoryState", "halton", "largest_spread"]
 
@@ -71,7 +71,7 @@ class ChEES:
     def __init__(
         self, space: Space, *, rate: float = 0.05, decay: float = 0.95, clip: float = 0.35, averaging: float = 0.5
     ) -> None:
-        if isinstance(space, Torus):
+        if isinstance(space, Torus | EuclideanTorus):
             raise ValueError(f"Expected a space with distances from a centre; got {space}. Use HMC or NUTS.")
         self.space = space
         self.rate = rate

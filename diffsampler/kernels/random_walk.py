@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffsampler.kernel import Info, Kernel, KernelParams, LogDensity, State
 from diffsampler.kernels.metropolis import metropolis, scaled_columns, select
-from diffsampler.space import MeanFree, Space, Torus
+from diffsampler.space import EuclideanTorus, MeanFree, Space, Torus
 
 __all__ = ["EllipticalSlice", "RandomWalk", "without_gradient"]
 
@@ -97,7 +97,7 @@ class EllipticalSlice(Kernel):
     def __init__(self, space: Space, *, scale: Tensor, mean: Tensor | None = None, max_shrinks: int = 64) -> None:
         super().__init__(space)
         mean = torch.zeros(space.dim, dtype=torch.float64) if mean is None else mean.double()
-        if isinstance(space, Torus):
+        if isinstance(space, Torus | EuclideanTorus):
             raise ValueError(f"Expected a space with a Gaussian law, Euclidean or MeanFree; got {space}.")
         shapes = [(1,)] if isinstance(space, MeanFree) else [(1,), (space.dim,), (space.dim, space.dim)]
         if tuple(scale.shape) not in shapes:

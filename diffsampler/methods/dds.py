@@ -24,7 +24,7 @@ from diffsampler.objective import Objective
 from diffsampler.process import Gaussian, Process
 from diffsampler.sampler import DiffusionSampler
 from diffsampler.schedule import NoiseSchedule, chosen_schedule, cosine_preserving
-from diffsampler.space import Space, Torus
+from diffsampler.space import EuclideanTorus, Space, Torus
 from diffsampler.target import Target
 
 __all__ = ["DDS", "DDSProcess"]
@@ -68,7 +68,7 @@ class DDSProcess(Process):
         detach_score: bool = True,
         seed: int = 0,
     ) -> None:
-        if isinstance(space, Torus):
+        if isinstance(space, Torus | EuclideanTorus):
             raise ValueError("Expected a Euclidean or mean-free space: a torus has no Ornstein-Uhlenbeck process.")
         if not scale > 0.0:
             raise ValueError(f"Expected scale > 0; got {scale}.")

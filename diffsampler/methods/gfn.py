@@ -40,7 +40,7 @@ from diffsampler.networks import ControlModule, FourierMLP, clip
 from diffsampler.objective import Objective, SubTrajectoryBalance, TrajectoryBalance
 from diffsampler.process import Gaussian, Process
 from diffsampler.sampler import DiffusionSampler
-from diffsampler.space import Space, Torus
+from diffsampler.space import EuclideanTorus, Space, Torus
 from diffsampler.target import Target
 
 __all__ = ["DGFS", "GFN", "GFNProcess"]
@@ -91,7 +91,7 @@ class GFNProcess(Process):
         detach_score: bool = True,
         seed: int = 0,
     ) -> None:
-        if isinstance(space, Torus):
+        if isinstance(space, Torus | EuclideanTorus):
             raise ValueError("Expected a Euclidean or mean-free space: the Brownian bridge of a torus is not Gaussian.")
         if not scale > 0.0:
             raise ValueError(f"Expected scale > 0; got {scale}.")

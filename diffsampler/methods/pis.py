@@ -26,7 +26,7 @@ from diffsampler.networks import ControlModule
 from diffsampler.objective import Objective
 from diffsampler.process import Gaussian, Process
 from diffsampler.sampler import DiffusionSampler
-from diffsampler.space import Space, Torus
+from diffsampler.space import EuclideanTorus, Space, Torus
 from diffsampler.target import Target
 
 __all__ = ["PIS", "PISProcess"]
@@ -65,7 +65,7 @@ class PISProcess(Process):
         detach_score: bool = True,
         seed: int = 0,
     ) -> None:
-        if isinstance(space, Torus):
+        if isinstance(space, Torus | EuclideanTorus):
             raise ValueError("Expected a Euclidean or mean-free space: the Brownian bridge of a torus is not Gaussian.")
         super().__init__(space, num_steps, needs_score=needs_score(feature), detach_score=detach_score, has_bridge=True)
         self.register_buffer("scale", torch.tensor(_positive("scale", scale)))

@@ -59,7 +59,7 @@ from diffsampler.objective import Objective, ReverseKL
 from diffsampler.priors import Prior
 from diffsampler.process import Gaussian, Process
 from diffsampler.sampler import DiffusionSampler
-from diffsampler.space import Euclidean, Space, Torus
+from diffsampler.space import Euclidean, EuclideanTorus, Space, Torus
 from diffsampler.target import Target
 
 __all__ = ["LDVI", "UCMCD", "UHA", "UnderdampedProcess"]
@@ -120,6 +120,8 @@ class UnderdampedProcess(Process):
     ) -> None:
         if not friction > 0.0:
             raise ValueError(f"Expected friction > 0; got {friction}.")
+        if isinstance(space, EuclideanTorus):
+            raise ValueError(f"Expected a space of one kind for velocities; got {space}.")
         prior = checked_prior(space, prior, scale, local_scale)
         super().__init__(
             space,
