@@ -10,7 +10,8 @@ besides, against which the chains are judged as well.
     python experiments/make_references.py dw4 --compare dw4=path/to/samples.npy
 
 Figures of merit go to ``<out>/<case>.json`` and pictures beside them; the pooled draws, against which samplers are
-measured, to ``<out>/draws/<case>.npy``. A run that was interrupted goes on after its last block of draws.
+measured, to ``<out>/draws/<case>.npy``. The figures of the shipped run are kept beside this script, in
+``particle_references.json`` (``--keep``). A run that was interrupted goes on after its last block of draws.
 """
 
 from __future__ import annotations
@@ -343,13 +344,25 @@ def report(name: str, result: dict[str, Any]) -> None:
         print(f"  compared set, {key}: {value:.4f}")
 
 
+def kept(result: dict[str, Any]) -> dict[str, Any]:
+    """The figures of merit of a reference: a page of numbers, without histograms and histories."""
+    names = ("versions", "settings", "seed", "agreed", "observables", "exact", "log_normalizer", "work", "floors")
+    figures = {name: result[name] for name in names if name in result}
+    figures["floors"] = {
+        key: [float(np.mean(values)), float(np.std(values))] for key, values in result["floors"].items()
+    }
+    return json.loads(json.dumps(figures), parse_float=lambda text: float(f"{float(text):.8g}"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="references to make, all by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/references"))
     parser.add_argument("--compare", nargs="*", default=[], metavar="CASE=NPY", help="configurations to compare with")
+    parser.add_argument("--keep", type=Path, help="write the figures of all cases here as well")
     arguments = parser.parse_args()
+    figures = {}
     compare = {name: Path(path) for name, _, path in (entry.partition("=") for entry in arguments.compare)}
     (arguments.out / "draws").mkdir(parents=True, exist_ok=True)
     for name in arguments.cases or CASES:
@@ -359,6 +372,9 @@ def main() -> None:
         if not same or (name in compare and "compared" not in finished):
             finished = reference(name, CASES[name], arguments.seed, arguments.out, compare)
         report(name, finished)
+        figures[name] = kept(finished)
+    if arguments.keep is not None:
+        write_json(arguments.keep, figures)
 
 
 if __name__ == "__main__":
