@@ -179,6 +179,8 @@ def test_pareto_shape_is_found(k: float):
 
 def test_pareto_smoothing_agrees_with_arviz():
     arviz = pytest.importorskip("arviz")
+    if not hasattr(arviz, "psislw"):
+        pytest.skip("ArviZ 1.x, which is compared in test_arviz.py")
     log_weight = pareto_draws(0.6, 5000, 3).log()
     smoothed, k = pareto_smooth(log_weight)
     theirs, their_k = arviz.psislw(log_weight.numpy().copy())
