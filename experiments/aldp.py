@@ -2,10 +2,13 @@
 
     python experiments/aldp.py                          # all methods at the CPU setting, then the table
     python experiments/aldp.py smc --seeds 0 1 2
+    python experiments/aldp.py wt_asbs_cartesian --setting published
     python experiments/aldp.py --table
 
 Classical samplers draw in internal coordinates from the molecule's own prior (uniform rotors), learned ones in lengths,
-angles and circular dihedrals; ``wt_asbs`` lays a bias on phi while it learns. The free-energy difference
+angles and circular dihedrals; ``wt_asbs`` lays a bias on phi while it learns. ``wt_asbs_cartesian`` with ``--setting
+published`` is the published sampler, in Cartesian coordinates with a bias on phi and psi (for a GPU; there from 0.1 ns
+of dynamics, here without data); its log Z is that of Cartesian space. The free-energy difference
 between phi > 0 and phi < 0 comes from their weighted draws, and is compared with the reference that
 ``experiments/aldp_reference.py`` left in ``results/aldp``, else with the one kept beside this script. Every cell is one
 JSON file with a picture beside it, and is not run again.
@@ -27,15 +30,15 @@ from torch import Tensor
 
 from diffsampler import baselines, targets
 from diffsampler._report import versions
-from diffsampler.equivariant import PeriodicMLP
+from diffsampler.equivariant import EquivariantGraphNetwork, PeriodicMLP
 from diffsampler.kernels.hmc import HMC
 from diffsampler.methods.adjoint_sampling import AdjointSampling
 from diffsampler.methods.asbs import ASBS
-from diffsampler.methods.matching import Matching
+from diffsampler.methods.matching import Matching, Stages
 from diffsampler.methods.wt_asbs import WTASBS, Axis
 from diffsampler.particles import Particles
 from diffsampler.plotting_ramachandran import free_energy_surface, ramachandran
-from diffsampler.reference import geometric, product, variance_preserving
+from diffsampler.reference import edm, geometric, product, variance_preserving
 from diffsampler.sampler import Sampler
 
 FOLDER = Path("results/aldp")
@@ -62,9 +65,14 @@ class Setting:
     """Width of its control."""
     learned: int = 8192
     """Draws of it."""
+    learning_rate: float = 2e-3
 
 
-SETTINGS = {"cpu": Setting(), "large": Setting(16 * 16384, 256, 4000, 200, 100_000, 2048, 512, 65_536)}
+SETTINGS = {
+    "cpu": Setting(),
+    "large": Setting(16 * 16384, 256, 4000, 200, 100_000, 2048, 512, 65_536),
+    "published": Setting(steps=250, training=700_000, batch=64, width=128, learned=65_536, learning_rate=1e-4),
+}
 
 Build = Callable[[targets.AlanineDipeptideInternal, Setting], Sampler]
 
@@ -115,6 +123,35 @@ def adjoint_sampling(internal: targets.AlanineDipeptideInternal, s: Setting) -> 
     return AdjointSampling(target, lesson=matching(), **options)
 
 
+def wt_asbs_cartesian(internal: targets.AlanineDipeptideInternal, s: Setting) -> WTASBS:
+    target = targets.AlanineDipeptide(internal.model, compiled=True)
+    generator = torch.Generator().manual_seed(0)
+    control, corrector = (
+        EquivariantGraphNetwork(
+            22, 3, generator=generator, width=s.width, depth=depth, reach=8.0, types=torch.arange(22), attention=True
+        )
+        for depth in (4, 3)
+    )
+    # Hills of 5e-4 eV, a skip of 50 draws, a buffer of 2,048: four rounds of control and corrector, then the control.
+    stages = Stages(s.training // 7, s.training // 14)
+    return WTASBS(
+        target,
+        target.torsion_angles,
+        [Axis(-math.pi, math.pi, 150, 0.2, periodic=True)] * 2,
+        num_steps=s.steps,
+        reference=edm(s.steps, sigma_min=1e-3, sigma_max=6.0, left_endpoint=True),
+        scale=1.0,
+        control=control,
+        corrector=corrector,
+        learn_variance=False,
+        height=0.0193,
+        factor=8.0,
+        skip=50,
+        until=6.0 / 7.0,
+        matching=Matching(fresh=256, every=100, capacity=2048, clip=100.0, power=0.0, stages=stages),
+    )
+
+
 METHODS: dict[str, Build] = {
     "smc": lambda t, s: baselines.SMC(t, kernel=kernel(t), two_pass=False, dtype=torch.float32),
     "waste_free": lambda t, s: baselines.WasteFreeSMC(t, chain_length=16, dtype=torch.float32),
@@ -124,6 +161,7 @@ METHODS: dict[str, Build] = {
     "adjoint_sampling": adjoint_sampling,
     "asbs": asbs,
     "wt_asbs": wt_asbs,
+    "wt_asbs_cartesian": wt_asbs_cartesian,
 }
 DRAWS: dict[str, Callable[[Setting], int]] = {
     "smc": lambda s: s.particles,
@@ -132,6 +170,7 @@ DRAWS: dict[str, Callable[[Setting], int]] = {
     "adjoint_sampling": lambda s: s.learned,
     "asbs": lambda s: s.learned,
     "wt_asbs": lambda s: s.learned,
+    "wt_asbs_cartesian": lambda s: s.learned,
 }
 
 
@@ -150,14 +189,15 @@ def cell(method: str, setting: str, seed: int, path: Path) -> dict[str, Any]:
     sampler = METHODS[method](target, sizes)
     start = time.process_time()
     if isinstance(sampler, AdjointSampling | ASBS | WTASBS):
-        folder = path.with_suffix("")
         sampler.fit(
-            steps=sizes.training, batch_size=sizes.batch, learning_rate=2e-3, seed=seed, checkpoint=folder, resume=True
+            steps=sizes.training,
+            batch_size=sizes.batch,
+            learning_rate=sizes.learning_rate,
+            seed=seed,
+            checkpoint=path.with_suffix(""),
+            resume=True,
         )
-    particles = sampler.sample(DRAWS[method](sizes), seed=seed)
-    if particles.x.shape[1] < target.dim:
-        circular = targets.CircularMolecule(target.target)
-        particles = replace(particles, x=circular.planar(particles.x))
+    particles = internal(target, sampler.sample(DRAWS[method](sizes), seed=seed))
     seconds = time.process_time() - start
     angles = target.torsion_angles(particles.x.double())
     phi = angles[:, 0]
@@ -174,6 +214,17 @@ def cell(method: str, setting: str, seed: int, path: Path) -> dict[str, Any]:
         surfaces["reference"] = torch.where(surface < 0.0, math.inf, surface)
     ramachandran(surfaces, title=f"alanine dipeptide, {MODEL}, 300 K").savefig(path.with_suffix(".png"))
     return row
+
+
+def internal(target: targets.AlanineDipeptideInternal, particles: Particles) -> Particles:
+    """Particles of any of the molecule's coordinates as those of the target."""
+    if particles.x.shape[1] == target.dim:
+        return particles
+    if particles.x.shape[1] < targets.AlanineDipeptide(target.model).dim:
+        return replace(particles, x=targets.CircularMolecule(target.target).planar(particles.x))
+    cartesian = targets.AlanineDipeptide(target.model).target
+    positions = cartesian.positions(cartesian.fold(particles.x.double()))
+    return replace(particles, x=target.target.from_positions(positions))
 
 
 def energy(target: targets.AlanineDipeptideInternal, particles: Particles) -> Tensor:
@@ -212,7 +263,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for method in [] if arguments.table else arguments.methods or METHODS:
+    methods = arguments.methods or [name for name in METHODS if name != "wt_asbs_cartesian"]
+    for method in [] if arguments.table else methods:
         for seed in arguments.seeds:
             path = FOLDER / f"{MODEL}-draws-{method}-{arguments.setting}-{seed}.json"
             if not path.is_file():

@@ -29,8 +29,25 @@ def test_learned_methods_draw_angles(method, internal, monkeypatch):
     particles = sampler.sample(5)
     assert particles.x.shape == (5, 60) and particles.log_weight.isfinite().all()
     assert particles.x[:, 53:].abs().max() <= torch.pi + 1e-6
-    planar = targets.CircularMolecule(internal.target).planar(particles.x)
-    assert aldp.energy(internal, replace(particles, x=planar)).shape == (5, 1)
+    assert aldp.energy(internal, aldp.internal(internal, particles)).shape == (5, 1)
+
+
+def test_the_published_sampler_draws_positions(internal, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    import aldp
+
+    cartesian = targets.AlanineDipeptide(internal.model)
+    monkeypatch.setattr(aldp.targets, "AlanineDipeptide", lambda model, compiled=False: cartesian)
+    sizes = replace(aldp.SETTINGS["published"], steps=3, width=8, training=28)
+    sampler = aldp.METHODS["wt_asbs_cartesian"](internal, sizes)
+    sampler.fit(steps=6, batch_size=4)
+    assert sampler.sample(3).log_weight.isfinite().all()
+    # The same molecule, its mirror image included, in both coordinates.
+    x = cartesian.reference + 0.01 * torch.randn(4, 66, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = cartesian.space.project(torch.cat([x, -x]))
+    moved = aldp.internal(internal, aldp.Particles(x, torch.zeros(8, dtype=torch.float64)))
+    torch.testing.assert_close(aldp.energy(internal, moved)[:, 0], cartesian.energy(x), rtol=1e-8, atol=0.0)
+    torch.testing.assert_close(internal.torsion_angles(moved.x), cartesian.torsion_angles(x))
 
 
 def test_shares_and_differences_of_sets(monkeypatch):
