@@ -138,7 +138,7 @@ def pareto_smooth(log_weight: Tensor) -> tuple[Tensor, float]:
 
     Returns:
         Smoothed log weights ``(n,)`` in the given order, on the given scale, and :math:`\hat k` (infinite when the tail
-        holds fewer than five weights, minus infinity when it holds fewer than five different ones).
+        holds fewer than five weights that count, minus infinity when it holds fewer than five different ones).
     """
     log_weight = log_weight.double()
     # Impossible particles are no part of the tail: they must not come back with the weight of a quantile.
@@ -150,9 +150,12 @@ def pareto_smooth(log_weight: Tensor) -> tuple[Tensor, float]:
     ordered, order = (log_weight - top).sort()
     cutoff = ordered[-size - 1].exp()
     tail = ordered[-size:].exp() - cutoff
-    if float(tail[-1]) <= 1e-12 or torch.unique(tail).numel() < 5:
+    if float(tail[-1]) <= 1e-12 or torch.unique(ordered[-size:]).numel() < 5:
         # A handful of tied values, as resampling leaves behind, is no tail that a continuous law could be fitted to.
         return log_weight, -math.inf
+    if int((tail > 1e-200).sum()) < 5:
+        # A few weights outdo the others by more than numbers can say.
+        return log_weight, math.inf
     # Ties with the cutoff have no excess; the fit needs positive values.
     k, sigma = fit_generalized_pareto(tail.clamp_min(1e-300).cpu())
     if not math.isfinite(k):

@@ -306,3 +306,12 @@ def test_single_precision_is_accumulated_in_double():
     big = torch.full((1000,), 1.0e4, dtype=torch.float32)
     big[0] += 0.25
     assert log_mean_exp(big) - 1e4 == pytest.approx(math.log1p((math.exp(0.25) - 1.0) / 1000.0), rel=1e-5)
+
+
+@pytest.mark.parametrize("n", [40, 2000])
+@pytest.mark.parametrize("spread", [1e3, 1e5, 1e14])
+def test_weights_of_which_one_outdoes_all_have_no_finite_tail(n, spread):
+    """They are different, though all but one are zero beside the largest: the worst verdict, not the best."""
+    log_weight = -spread * torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    smoothed, k = pareto_smooth(log_weight)
+    assert k > 0.7 and smoothed.isfinite().all()
