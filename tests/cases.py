@@ -124,6 +124,7 @@ MAKERS: dict[str, Callable[[Space, int], Process]] = {
     "gfn_backward": lambda space, k: GFNProcess(space, k, scale=1.6, backward_range=0.3, flow=False, width=16),
     "dgfs": lambda space, k: GFNProcess(space, k, scale=1.6, width=16),
     "dds": lambda space, k: DDSProcess(space, cosine_preserving(k), scale=1.4, width=16),
+    "dds_noise": lambda space, k: DDSProcess(space, cosine_preserving(k), scale=1.4, learn_noise=True, width=16),
     "dis_preserving": lambda space, k: dis(space, k, exploding=False, learn_variance=True),
     "dis_preserving_fixed": lambda space, k: dis(space, k, exploding=False, learn_variance=False),
     "dis_exploding": lambda space, k: dis(space, k, exploding=True, learn_variance=True),

@@ -5,7 +5,9 @@ With :math:`p_0 = N(0, S^2)`, contractions :math:`a_k` and :math:`\beta_k^2 = 1 
 .. math::
    F_k = N(a_k x + S\,\beta_k^2\,u_\theta(t_k, x),\ S^2 \beta_k^2), \qquad B_k = N(a_k x,\ S^2 \beta_k^2).
 
-The exponential integrator keeps :math:`N(0, S^2)` exactly, so the weights are exact for any number of steps.
+The exponential integrator keeps :math:`N(0, S^2)` exactly, so the weights are exact for any number of steps, and for
+any rates :math:`r_k = -2 \log a_k`, which may be learned (``learn_noise``). Both chains change with them then, so
+there is no fixed noising to draw bridges from.
 
 References:
     Denoising Diffusion Samplers (Vargas, Grathwohl, Doucet, 2023), https://arxiv.org/abs/2302.13834
@@ -16,7 +18,7 @@ from __future__ import annotations
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffsampler.controls import ScoreFeature, chosen_control, gated, needs_score
 from diffsampler.networks import ControlModule
@@ -38,6 +40,7 @@ class DDSProcess(Process):
         space: Euclidean or mean-free space.
         schedule: A variance-preserving noise schedule.
         scale: Standard deviation ``S`` of the prior; it must cover the target.
+        learn_noise: Whether the rates of the schedule are trained.
         control: What steers the chain, a network by default (:mod:`diffsampler.controls`); then options of the network
             have no effect.
         feature: Which score its gate multiplies, by default the difference between the target's and the prior's.
@@ -61,6 +64,7 @@ class DDSProcess(Process):
         schedule: NoiseSchedule,
         *,
         scale: float = 1.0,
+        learn_noise: bool = False,
         control: ControlModule | None = None,
         feature: ScoreFeature | None = None,
         width: int = 64,
@@ -75,7 +79,14 @@ class DDSProcess(Process):
         if not torch.allclose(schedule.contraction.square() + schedule.variance, torch.ones_like(schedule.variance)):
             raise ValueError("Expected a variance-preserving schedule, a_k^2 + v_k = 1.")
         num_steps = len(schedule.variance)
-        super().__init__(space, num_steps, needs_score=needs_score(feature), detach_score=detach_score, has_bridge=True)
+        super().__init__(
+            space,
+            num_steps,
+            needs_score=needs_score(feature),
+            detach_score=detach_score,
+            has_bridge=not learn_noise,
+            learns_backward=learn_noise,
+        )
         self.register_buffer("scale", torch.tensor(float(scale)))
         self.register_buffer("time", torch.arange(num_steps + 1) / num_steps)
         self.register_buffer("contraction", schedule.contraction.float().unsqueeze(-1))
@@ -83,6 +94,9 @@ class DDSProcess(Process):
         self.register_buffer("signal", schedule.total_contraction[:-1].square().float().unsqueeze(-1))
         self.register_buffer("total_contraction", schedule.total_contraction.float().unsqueeze(-1))
         self.register_buffer("total_noise", schedule.total_variance.sqrt().float().unsqueeze(-1))
+        self.log_rate: nn.Parameter | None = None
+        if learn_noise:
+            self.log_rate = nn.Parameter((-2.0 * schedule.contraction.log()).log().float().unsqueeze(-1))
         generator = torch.Generator().manual_seed(seed)
         self.feature = feature
         self.control = chosen_control(control, space, generator=generator, width=width, point_features=point_features)
@@ -97,13 +111,23 @@ class DDSProcess(Process):
         t, z = self.time[k], x / self.scale
         score = None if score is None else self.scale * score
         control, _ = self.control(t, z, *gated(self.feature, t, score, -z, self.signal[k]))
-        variance = self.variance[k]
-        return Gaussian(self.contraction[k] * x + self.scale * variance * control, self.scale.square() * variance)
+        contraction, variance = self._noise(k)
+        return Gaussian(contraction * x + self.scale * variance * control, self.scale.square() * variance)
 
     def backward(self, k: Tensor, x: Tensor, score: Tensor | None) -> Gaussian:
-        return Gaussian(self.contraction[k] * x, self.scale.square() * self.variance[k])
+        contraction, variance = self._noise(k)
+        return Gaussian(contraction * x, self.scale.square() * variance)
+
+    def _noise(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Contraction and variance, in units of the prior's, of step ``k``."""
+        if self.log_rate is None:
+            return self.contraction[k], self.variance[k]
+        rate = self.log_rate[k].exp()
+        return torch.exp(-0.5 * rate), -torch.expm1(-rate)
 
     def sample_bridge(self, k: Tensor, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        if self.log_rate is not None:
+            return super().sample_bridge(k, x, generator=generator)
         noise = self.space.noise(tuple(x.shape[:-1]), like=x, generator=generator)
         return self.space.project(self.total_contraction[k] * x + self.scale * self.total_noise[k] * noise)
 
