@@ -11,6 +11,11 @@ backward kernels, and with them exact weights,
 It starts at the corrector of the reference, that is after the first round of corrector matching. Under the stationary
 Ornstein-Uhlenbeck reference that forgets its start this is exact already, and training it only adds noise.
 
+Angles start uniform by default, which a Brownian motion on circles leaves as it is; real coordinates beside them start
+Gaussian. In internal coordinates of molecules (:class:`~diffsampler.targets.circular_molecule.CircularMolecule`) an
+Ornstein-Uhlenbeck reference for the stiff ones and a Brownian motion for the rotors keep the prior that is known, and
+the control has only the rest to learn: ``reference=product(variance_preserving(K), geometric(K, sigma_max=3.0))``.
+
 Use it in place of adjoint sampling where particles should start spread out (nothing is gained by breaking the symmetry
 of a point first) or joined by bonds. It trains two networks, and weights cost another evaluation a step. Its weights
 are worse than those from a point for the same control: two learned parts must agree.
