@@ -44,14 +44,16 @@ def energies(
     Arguments:
         results: For each sampler the energies ``(N,)`` of its samples and their log weights, or None.
         reference: Name of the reference among them.
-        bins: Number of bins.
+        bins: Largest number of bins; few draws get fewer, twice the cube root of the smallest number of them.
         title: Heading of the figure.
 
     Raises:
         ValueError: If there are no results, the reference is not among them, or one has no finite energy.
     """
     with styled(5.0, 3.2, 1, 1) as (figure, axes):
-        _histograms(axes[0][0], _checked(results, reference), reference, bins)
+        checked = _checked(results, reference)
+        few = min(len(values) for values, _ in checked.values())
+        _histograms(axes[0][0], checked, reference, max(10, min(bins, round(2.0 * few ** (1.0 / 3.0)))))
         axes[0][0].set(xlabel="energy [kT]", ylabel="density", title=title)
     return figure
 
