@@ -138,7 +138,12 @@ def draw(found: Found, path: Path) -> None:
         2, -(-len(names) // 2), figsize=(12.0, 5.0), sharey=True, layout="constrained", squeeze=False
     )
     for panel, name in zip(panels.flat, names, strict=False):
-        rows = zip(("exact", "ds.sample", "NUTS, 4 chains"), first[name], ("0.35", "#2a6f97", "#d1495b"), strict=True)
+        rows = zip(
+            ("exact, or a long run", "ds.sample", "NUTS, 4 chains"),
+            first[name],
+            ("0.35", "#2a6f97", "#d1495b"),
+            strict=True,
+        )
         for offset, (label, row, color) in enumerate(rows):
             place = [index + 0.27 * (offset - 1) for index in range(len(row["shares"]))]
             panel.bar(place, row["shares"], width=0.25, color=color, label=label)
