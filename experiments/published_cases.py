@@ -179,6 +179,8 @@ CASES: dict[str, Case] = {
     "mw64-best": Case(
         partial(targets.ManyWell, 64), Best(), Wanted(1.1, 0.02, 0.2, PAIR, "prototype: gap 1.1, ESS .2"), wells
     ),
+    "mw54-best": Case(targets.DoubleWells.mw54, Best(), Wanted(None, 0.2, 0.67, {}, "ESS .27-.67, error .2"), modes),
+    "wells50-best": Case(targets.DoubleWells.mw52, Best(), Wanted(None, None, 0.85, {}, "ESS .85, error .09"), modes),
     "mw54-dis": Case(
         targets.DoubleWells.mw54,
         Trained(ds.DIS, {**noising(48, 0.04), "scale": 2.0}, cpu=30.0, learning_rate=4e-3),

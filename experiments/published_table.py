@@ -162,27 +162,27 @@ def draw(found: dict[str, list[Row]], path: Path) -> None:
         1, 4, figsize=(13.0, 1.6 + 0.3 * len(names)), sharey=True, layout="constrained", width_ratios=(4, 4, 4, 3)
     )
     titles = ("ELBO gap, nats", "|log Z - exact|, nats", "ESS / N", "CPU seconds")
-    floor = 1e-3
+    limits = ((0.01, 20.0), (6e-4, 2.0), (-0.02, 1.02), (5.0, 500.0))
     for height, name in enumerate(names):
         rows, wanted = found[name], CASES[name].wanted
         colour = "#d1495b" if shortfalls(CASES[name], rows) else "#2a6f97"
         values = (
-            [max(floor, gap(row)) for row in rows],
-            [max(floor, abs(error(row))) for row in rows],
+            [gap(row) for row in rows],
+            [abs(error(row)) for row in rows],
             [row["ess_fraction"] for row in rows],
             [row["cpu"] for row in rows],
         )
-        for panel, seen, bound in zip(panels, values, (wanted.gap, wanted.error, wanted.ess, None), strict=True):
-            panel.scatter(seen, [height] * len(seen), s=16, color=colour, alpha=0.7, zorder=2)
+        bounds = (wanted.gap, wanted.error, wanted.ess, None)
+        for panel, seen, bound, limit in zip(panels, values, bounds, limits, strict=True):
+            # What lies beyond an axis is drawn at its end.
+            seen = [min(max(value, limit[0]), limit[1]) for value in seen]
+            panel.scatter(seen, [height] * len(seen), s=16, color=colour, alpha=0.7, zorder=2, clip_on=False)
             if bound is not None:
                 panel.scatter(bound, height, marker="|", s=170, color="black", zorder=1)
-    for number_, (panel, title) in enumerate(zip(panels, titles, strict=True)):
-        panel.set_xlabel(title)
+    for panel, title, limit in zip(panels, titles, limits, strict=True):
+        panel.set(xlabel=title, xscale="linear" if limit[0] < 0.0 else "log", xlim=limit)
         panel.grid(alpha=0.3)
         panel.set_axisbelow(True)
-        if number_ != 2:
-            panel.set_xscale("log")
-    panels[2].set_xlim(-0.02, 1.02)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(-0.6, len(names) - 0.4)
     for label, style in (
