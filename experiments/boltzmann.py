@@ -7,9 +7,10 @@
     python experiments/boltzmann.py lj55 --setting published --device cuda
 
 A run that was interrupted, or ended by ``--seconds``, goes on after its last checkpoint; finished ones are printed.
-Figures of merit go to ``<out>/<case>-<setting>-<seed>.json``: distances between 2,000 draws and a reference, for draws
-as they come and for draws resampled by their exact weights; log Z, its lower bound and the effective sample size; and
-the floor, the distance of two sets of the reference. References of the clusters are made by ``make_references.py``.
+Figures of merit go to ``<out>/<case>-<setting>-<seed>.json``, pictures beside it: distances between 2,000 draws and
+a reference, for draws as they come and for draws resampled by their exact weights; log Z, its lower bound and the
+effective sample size; and the floor, the distance of two sets of the reference. References of the clusters are made by
+``make_references.py``.
 
 The published settings are those of the adjoint Schroedinger bridge sampler (https://arxiv.org/abs/2506.22565), except
 that the learning rate falls and parameters are averaged as everywhere in this library. They are meant for a GPU. The
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsampler import baselines, estimators, metrics, targets
+from diffsampler import baselines, estimators, metrics, plotting_particles, targets
 from diffsampler._report import number, table, versions, write_json
 from diffsampler.equivariant import EquivariantGraphNetwork
 from diffsampler.kernels.hmc import HMC
@@ -296,16 +297,21 @@ def load_reference(case: str, setting: Setting, target: Target, folder: Path, co
     return target.space.project(x[torch.randperm(len(x), generator=generator)[:count]])
 
 
-def judge(case: str, setting: Setting, target: Target, particles: Particles, folder: Path) -> dict[str, Any]:
-    """Everything that is reported of ``DRAWS`` weighted particles."""
+def judge(
+    case: str, setting: Setting, target: Target, particles: Particles, folder: Path, *, order: Tensor | None = None
+) -> dict[str, Any]:
+    """Everything that is reported of weighted particles; distances are those of the first ``DRAWS`` in an order."""
     count = min(len(particles), DRAWS)
     reference = load_reference(case, setting, target, folder, 2 * count)
-    x, log_weight = particles.x.double().cpu()[:count], particles.log_weight.cpu()
+    every, log_weight = particles.x.double().cpu(), particles.log_weight.cpu()
+    if order is not None:
+        every, log_weight = every[order], log_weight[order]
+    x = every[:count]
     index = estimators.systematic_resample(log_weight, count, generator=torch.Generator().manual_seed(1))
     estimate = particles.log_normalizer
     return {
         "drawn": measures(setting, target, x, reference[:count]),
-        "resampled": measures(setting, target, particles.x.double().cpu()[index], reference[:count]),
+        "resampled": measures(setting, target, every[index], reference[:count]),
         "floor": measures(setting, target, reference[count:], reference[:count]),
         "log normalizer": [estimate.value, estimate.std_error],
         "exact log normalizer": target.log_normalizer,
@@ -314,6 +320,21 @@ def judge(case: str, setting: Setting, target: Target, particles: Particles, fol
         "pareto k": particles.pareto_k,
         "nonfinite": particles.nonfinite,
     }
+
+
+def pictures(case: str, setting: Setting, target: Target, particles: Particles, folder: Path, stem: Path) -> None:
+    """Energies, pair distances and radial distributions of the weighted draws over the reference."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    x, n = particles.x.double().cpu(), setting.particles
+    truth = load_reference(case, setting, target, folder, DRAWS)
+    shown = {"weighted": (x, particles.log_weight.cpu()), "as drawn": (x, None), "reference": (truth, None)}
+    energy = {label: (target.energy(y), log_weight) for label, (y, log_weight) in shown.items()}
+    plotting_particles.energies(energy, reference="reference", title=case).savefig(f"{stem}-energy.png")
+    for name, draw in (
+        ("pairs", plotting_particles.pair_distances),
+        ("radial", plotting_particles.radial_distributions),
+    ):
+        draw(shown, n=n, reference="reference", title=case).savefig(f"{stem}-{name}.png")
 
 
 def run(case: str, kind: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any] | None:
@@ -372,25 +393,26 @@ def run(case: str, kind: str, seed: int, arguments: argparse.Namespace) -> dict[
         **judge(case, setting, target, particles, arguments.references),
         "history": sampler.history[:: max(1, len(sampler.history) // 100)],
     }
+    pictures(case, setting, target, particles, arguments.references, arguments.out / name)
     write_json(arguments.out / f"{name}.json", result)
     return result
 
 
 def run_annealed(case: str, setting: Setting, seed: int, arguments: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Judge particles of SMC. Resampled, they are in a random order: its islands are not."""
+    """Judge particles of SMC. Distances are those of some from all islands, errors those between islands."""
     target, began, before = build_target(setting), time.monotonic(), time.process_time()
     particles, spent = annealed(setting, target, seed)
     seconds = {"wall": time.monotonic() - began, "cpu of this process": time.process_time() - before}
     order = torch.randperm(len(particles), generator=torch.Generator().manual_seed(seed))
-    shuffled = replace(particles, x=particles.x[order], log_weight=particles.log_weight[order])
     result = {
         "versions": versions(),
         "settings": asdict(setting),
         "seed": seed,
         "seconds of training": seconds,
         "training energies": spent,
-        **judge(case, setting, target, shuffled, arguments.references),
+        **judge(case, setting, target, particles, arguments.references, order=order),
     }
+    pictures(case, setting, target, particles, arguments.references, arguments.out / name)
     write_json(arguments.out / f"{name}.json", result)
     return result
 
