@@ -1,8 +1,8 @@
 """Amortized samplers on families of posteriors whose answers are known at every context.
 
 * ``linear``: ``x ~ N(0, I_4)``, three data ``c = A x + 0.5 e``. Mean, covariance and log Z(c) in closed form.
-* ``vae``: a variational autoencoder with two latent numbers is trained here on 8 x 8 pictures of blobs; its decoder
-  is fixed then, and one sampler is trained for the posterior of the latents given a picture of 64 binary pixels. Its log
+* ``vae``: a variational autoencoder with two latent numbers is trained here on 8 x 8 pictures of blobs; its decoder is
+  fixed then, and one sampler is trained for the posterior of the latents given a picture of 64 binary pixels. Its log
   evidence, posterior mean and covariance come from quadrature on a grid.
 
 One diffusion is trained per case and seed; it is judged on contexts that it has not seen: the error of log Z(c) and its
@@ -10,7 +10,7 @@ standard error, the gap between log Z(c) and the ELBO, the posterior mean's erro
 posterior, the covariance's relative error, and ESS/N. Every run is one JSON file with its settings and versions; runs
 that exist are not made again. Figures are medians over contexts and, in brackets, the worst context.
 
-    OMP_NUM_THREADS=1 python experiments/conditional_table.py                # two cases, 3 seeds, about 4 CPU minutes
+    OMP_NUM_THREADS=1 python experiments/conditional_table.py                # two cases, 3 seeds, about 2 CPU minutes
     OMP_NUM_THREADS=1 python experiments/conditional_table.py --seeds 1 --only linear
     OMP_NUM_THREADS=1 python experiments/conditional_table.py --table        # of what is there, no new runs
 """
