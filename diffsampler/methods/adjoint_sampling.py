@@ -30,7 +30,7 @@ from diffsampler.methods.reference_process import PointStart, ReferenceProcess
 from diffsampler.objective import Objective
 from diffsampler.reference import Reference, geometric
 from diffsampler.sampler import DiffusionSampler
-from diffsampler.space import Torus
+from diffsampler.space import EuclideanTorus, Torus
 from diffsampler.target import Target
 
 __all__ = ["AdjointSampling"]
@@ -49,7 +49,7 @@ class AdjointSampling(DiffusionSampler):
         objective: A loss of weights that trains the same chain on its own paths, in place of matching.
         reference: The driftless reference in place of a geometric one.
         sigma_min: Noise still to come near the end of the geometric reference, a fraction of the target's finest scale.
-        sigma_max: Standard deviation of its end point, 2 by default (on a torus pi).
+        sigma_max: Standard deviation of its end point, 2 by default, 3 where there are angles.
         lesson: How end points are drawn, kept and matched.
         options: As in :class:`~diffsampler.methods.reference_process.ReferenceProcess`.
 
@@ -70,7 +70,7 @@ class AdjointSampling(DiffusionSampler):
         **options: Any,
     ) -> None:
         if sigma_max is None:
-            sigma_max = 3.0 if isinstance(target.space, Torus) else 2.0
+            sigma_max = 3.0 if isinstance(target.space, Torus | EuclideanTorus) else 2.0
         if reference is None:
             reference = geometric(num_steps, sigma_min=sigma_min, sigma_max=sigma_max)
         if not bool((reference.contraction == 1.0).all()):
