@@ -72,7 +72,7 @@ def draw(path: Path, x: Tensor, y: Tensor, fits: dict[str, ds.Fit], comparison: 
         color="#2a6f97", label="ds.sample, 95 %",
     )  # fmt: skip
     panels[1].set_title("Log evidence", fontsize=10)
-    panels[1].legend(frameon=False, fontsize=8)
+    panels[1].legend(frameon=False, fontsize=8, loc="lower right")
     panels[1].margins(y=0.15)
     panels[2].bar(place, torch.softmax(truth, 0).tolist(), width=0.6, color="0.85", label="exact")
     probability = [comparison.models[name] for name in NAMES]
