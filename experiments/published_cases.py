@@ -1,7 +1,9 @@
 """Cases of the published tables: a target, how its sampler is trained, and what it must reach.
 
-Settings were chosen on seeds of 900 and above. A :class:`Trained` case is a method on its own path, stopped after CPU
-seconds (or steps); a :class:`Best` one is the library's own recipe, a pilot and a process refined from its particles.
+Settings were chosen on seeds of 900 and above. A ``Trained`` case is a method on its own path, stopped after CPU
+seconds (or steps); a ``Best`` one is the library's own recipe, a pilot and a process refined from its particles; a
+``Ladder`` is a method trained with few steps and carried over to more, on posteriors in coordinates whitened by a
+pilot's map (the papers whiten by a diagonal variational fit).
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Learned controlled diffusions against their published tables: one JSON file per case and seed, a table, a figure.
 
 CPU seconds are of one thread and hold training with all it needs (search, pilot), not the draws of the evaluation. The
-ELBO gap is ``log Z - ELBO`` of fresh draws; error and ESS/N are of their importance weights.
+ELBO gap is ``log Z - ELBO`` of fresh draws; error and ESS/N are of their importance weights. The library's recipe mixes
+its chain with draws of the pilot's reference: there the ELBO is the chain's own, and error, ESS/N and measures are of
+the mixture.
 
     OMP_NUM_THREADS=1 python experiments/published_table.py                           # all cases, 5 seeds: hours
     OMP_NUM_THREADS=1 python experiments/published_table.py --only mw32-best --seeds 1
