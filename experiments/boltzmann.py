@@ -16,6 +16,11 @@ The published settings are those of the adjoint Schroedinger bridge sampler (htt
 that the learning rate falls and parameters are averaged as everywhere in this library. They are meant for a GPU. The
 settings for a CPU start at a point, match the divergence of paths, and reweight end points. Where few of these would be
 left, in the cluster of 13, ``bank`` takes particles of tempered SMC in their place.
+
+Found on one seed, energy W2 and aligned W2 as drawn (resampled by weights), floors in brackets: four particles at the
+CPU setting 0.13 and 0.28 (0.14 and 0.30) [0.15 and 0.28] with log Z 29.648 +- 0.011, truth 29.667, in 13 minutes of one
+processor; 13 in 3,000 steps of ``bank``, 75 s, 9.1 and 1.66 (1.8 and 1.84) [0.33 and 1.58], with 3 percent of the draws
+effective; by ``smc``, 8 s, 2.2 and 1.62 (0.27 and 1.59).
 """
 
 from __future__ import annotations
