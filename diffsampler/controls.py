@@ -73,8 +73,7 @@ class PotentialControl(ControlModule):
         depth: int = 2,
         point_features: int = 0,
     ) -> None:
-        super().__init__(space, extra_inputs=extra_inputs, extra_outputs=extra_outputs)
-        self.bound = bound
+        super().__init__(space, bound=bound, extra_inputs=extra_inputs, extra_outputs=extra_outputs)
         self.net = FourierMLP(
             space.num_features + extra_inputs,
             1 + extra_outputs,

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from diffsampler.gradient import accumulate_bridge_gradient, accumulate_gradient
+from diffsampler.networks import ControlModule
 from diffsampler.objective import Objective
 from diffsampler.process import Process
+from diffsampler.rates import Rate
 from diffsampler.sources import Draw, Source
 from diffsampler.trajectory import Trajectory, cat, detached
 
-__all__ = ["Bridges", "Lesson", "Paths", "Taught"]
+__all__ = ["Bridges", "Lesson", "Paths", "RampedClip", "Taught"]
 
 BRIDGE_STEPS = 8
 """Single steps per path of the batch in simulation-free losses."""
@@ -264,3 +266,53 @@ class Bridges(Lesson):
 
     def config(self) -> list[str]:
         return [f"Bridges{tuple(self.bank.shape)}"]
+
+
+@final
+class RampedClip(Lesson):
+    """Another lesson under a clip of gated features that changes: scores far from the target are wild early on.
+
+    Only while gradients are taken is the clip another one; drawing always uses the process' own.
+
+    Arguments:
+        lesson: Where gradients come from.
+        rate: Factor of every control's bound; it must end at 1.
+
+    Example:
+        ``RampedClip(Paths([(OnPolicy(), 1.0)]), Linear(0.1, until=0.3))``
+    """
+
+    def __init__(self, lesson: Lesson, rate: Rate) -> None:
+        if abs(rate(1.0) - 1.0) > 1e-9:
+            raise ValueError(f"Expected a rate that ends at 1; got {rate!r}, which ends at {rate(1.0):g}.")
+        self.lesson = lesson
+        self.rate = rate
+        self.takes_parts = lesson.takes_parts
+
+    def check(self, process: Process, objective: Objective) -> None:
+        self.lesson.check(process, objective)
+        if not any(isinstance(module, ControlModule) for module in process.modules()):
+            raise ValueError(f"Expected a process with a clipped control; {type(process).__name__} has none.")
+
+    def accumulate(self, objective: Objective, use: Draw, size: int, *, weight: float) -> Taught:
+        controls = [module for module in use.process.modules() if isinstance(module, ControlModule)]
+        own = [control.bound for control in controls]
+        try:
+            for control, bound in zip(controls, own, strict=True):
+                control.bound = bound * self.rate(use.progress)
+            return self.lesson.accumulate(objective, use, size, weight=weight)
+        finally:
+            for control, bound in zip(controls, own, strict=True):
+                control.bound = bound
+
+    def made(self, use: Draw) -> None:
+        self.lesson.made(use)
+
+    def state(self) -> list[dict[str, Any]]:
+        return self.lesson.state()
+
+    def restore(self, state: list[dict[str, Any]], device: torch.device) -> None:
+        self.lesson.restore(state, device)
+
+    def config(self) -> list[str]:
+        return [*self.lesson.config(), f"clip {self.rate!r}"]

@@ -111,13 +111,15 @@ class ControlModule(nn.Module, ABC):
 
     Arguments:
         space: Where the points live.
+        bound: The clip of the feature, per coordinate; a training aid that never touches the target.
         extra_inputs: Inputs beside the point and the feature (a velocity, a context).
         extra_outputs: Outputs beyond the control itself (for learned variances).
     """
 
-    def __init__(self, space: Space, *, extra_inputs: int = 0, extra_outputs: int = 0) -> None:
+    def __init__(self, space: Space, *, bound: float, extra_inputs: int = 0, extra_outputs: int = 0) -> None:
         super().__init__()
         self.space = space
+        self.bound = bound
         self.extra_inputs = extra_inputs
         self.extra_outputs = extra_outputs
 
@@ -201,8 +203,7 @@ class Control(ControlModule):
         depth: int = 2,
         point_features: int = 0,
     ) -> None:
-        super().__init__(space, extra_inputs=extra_inputs, extra_outputs=extra_outputs)
-        self.bound = bound
+        super().__init__(space, bound=bound, extra_inputs=extra_inputs, extra_outputs=extra_outputs)
         self.feature_input = feature_input
         self.net = FourierMLP(
             space.num_features + (space.dim if feature_input else 0) + extra_inputs,

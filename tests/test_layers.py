@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "pathwise": ("trajectory",),
     "sources": ("pathwise",),
     "replay": ("sources", "kernels"),
-    "lessons": ("gradient", "sources"),
+    "lessons": ("gradient", "sources", "rates"),
     "population": ("lessons", "replay", "particles"),
     "trust_region": ("lessons",),
     "rates": (),

@@ -11,7 +11,7 @@ from cases import F64, MAKERS, gaussian, mixture, perturb
 from torch import Tensor
 
 import diffsampler as ds
-from diffsampler.lessons import Bridges, Paths
+from diffsampler.lessons import Bridges, Paths, RampedClip
 from diffsampler.methods.cmcd import CMCD
 from diffsampler.methods.dds import DDS
 from diffsampler.objective import (
@@ -264,3 +264,24 @@ def test_sub_trajectory_balance_at_any_constants_centres_nothing():
     for _ in range(3):
         lesson.accumulate(objective, use, 3, weight=1.0 / 3.0)
     assert torch.allclose(got, flat(process), rtol=1e-9, atol=1e-12)
+
+
+def test_a_ramped_clip_binds_while_gradients_are_taken(tmp_path: Any):
+    process, objective = perturb(MAKERS["cmcd"](Euclidean(2), 5).double(), 0.2), LogVariance()
+    lesson = RampedClip(Paths([(OnPolicy(), 1.0)]), Linear(0.1, until=0.5))
+    lesson.accumulate(objective, draw(process, objective), 10, weight=1.0)
+    ramped, bound = flat(process), process.control.bound
+    process.control.bound = 0.1 * bound
+    Paths([(OnPolicy(), 1.0)]).accumulate(objective, draw(process, objective), 10, weight=1.0)
+    assert torch.equal(ramped, flat(process))
+    process.control.bound = bound
+    lesson.accumulate(objective, draw(process, objective)._replace(progress=0.6), 10, weight=1.0)
+    late = flat(process)
+    Paths([(OnPolicy(), 1.0)]).accumulate(objective, draw(process, objective), 10, weight=1.0)
+    assert torch.equal(late, flat(process)) and not torch.equal(late, ramped)
+    with pytest.raises(ValueError, match="Expected a rate that ends at 1; got Linear.* which ends at 0.5"):
+        RampedClip(Paths([(OnPolicy(), 1.0)]), Linear(1.0, 0.5))
+    sampler = DDS(gaussian(), num_steps=3, width=8)
+    sampler.fit(steps=2, batch_size=8, lesson=lesson, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="lesson: checkpoint"):
+        sampler.fit(steps=2, batch_size=8, checkpoint=tmp_path, resume=True)
