@@ -1,9 +1,10 @@
 """Log evidence of conjugate and quadrature-checked models by `ds.sample`: errors and coverage over many seeds.
 
 Every run is one JSON file; runs that exist are not made again. Intervals are those of the islands, Student's with 15
-degrees of freedom, and 95 % of them should cover.
+degrees of freedom, and 95 % of them should cover. One seed gives all models one stream of random numbers, so their
+errors lean the same way: a few seeds say less about coverage than their number of runs.
 
-    OMP_NUM_THREADS=1 python experiments/evidence_table.py                              # defaults: 5 to 20 CPU s a run
+    OMP_NUM_THREADS=1 python experiments/evidence_table.py                              # defaults: 2 to 25 CPU s a run
     OMP_NUM_THREADS=1 python experiments/evidence_table.py --evaluations 900000         # the pilot alone: 1 to 3 CPU s
     OMP_NUM_THREADS=1 python experiments/evidence_table.py --evaluations 900000 --table # no new runs
 """
