@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import final
 
-from diffsampler.integrations.pyro import PyroTarget, nuts_particles
+from diffsampler.integrations.pyro_nuts import nuts_particles
+from diffsampler.integrations.pyro_target import PyroTarget
 from diffsampler.particles import Particles
 from diffsampler.sampler import Sampler
 

@@ -19,7 +19,7 @@ import diffsampler as ds
 from diffsampler import baselines, plotting, targets
 from diffsampler._report import number, table, versions, write_json
 from diffsampler.integrations import examples
-from diffsampler.integrations.pyro import PyroTarget
+from diffsampler.integrations.pyro_target import PyroTarget
 from diffsampler.result import Fit
 from diffsampler.target import Target
 

@@ -196,8 +196,8 @@ class Fit:
         Raises:
             TypeError: If the target is no Pyro model, or the fit was loaded from a file and does not have it.
         """
-        from diffsampler.integrations.pyro import PyroTarget
         from diffsampler.integrations.pyro_predict import predict
+        from diffsampler.integrations.pyro_target import PyroTarget
 
         if not isinstance(self.target, PyroTarget):
             raise TypeError(f"Expected a fit of a PyroTarget, which has data; got one of {_kind(self.target)}.")
@@ -239,10 +239,10 @@ class Fit:
     def _data_groups(self) -> dict[str, Any]:
         """What a Pyro model says about its data, one row for each particle."""
         # Pyro is there if the target is a model of it; nobody else loads it for an export.
-        if self.target is None or "diffsampler.integrations.pyro" not in sys.modules:
+        if self.target is None or "diffsampler.integrations.pyro_target" not in sys.modules:
             return {}
-        from diffsampler.integrations.pyro import PyroTarget
         from diffsampler.integrations.pyro_predict import log_likelihoods, observed_data, predict
+        from diffsampler.integrations.pyro_target import PyroTarget
 
         if not isinstance(self.target, PyroTarget):
             return {}

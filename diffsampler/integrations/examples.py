@@ -28,7 +28,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from diffsampler.integrations.pyro import PyroTarget
+from diffsampler.integrations.pyro_target import PyroTarget
 
 __all__ = [
     "GALAXIES",

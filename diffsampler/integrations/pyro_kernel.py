@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.distributions import Transform
 from torch.utils._pytree import tree_flatten
 
-from diffsampler.integrations.pyro import PyroTarget
 from diffsampler.integrations.pyro_supports import bijection
+from diffsampler.integrations.pyro_target import PyroTarget
 
 __all__ = ["BlockKernel", "Chart", "SiteTransform"]
 

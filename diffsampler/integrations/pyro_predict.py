@@ -11,12 +11,12 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from diffsampler.integrations.pyro import PyroTarget
 from diffsampler.integrations.pyro_checks import seeded
 from diffsampler.integrations.pyro_density import Model, batched_random
 from diffsampler.integrations.pyro_enumeration import Factor, pointwise
 from diffsampler.integrations.pyro_handlers import is_deterministic
 from diffsampler.integrations.pyro_laws import draw_discrete, draw_law, law_log_prob
+from diffsampler.integrations.pyro_target import PyroTarget
 
 __all__ = ["log_likelihoods", "observed_data", "predict"]
 

@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from diffsampler.integrations.pyro import PyroTarget
+from diffsampler.integrations.pyro_target import PyroTarget
 from diffsampler.priors import Prior
 from diffsampler.target import Target
 
