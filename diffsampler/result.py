@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -324,7 +325,9 @@ def _table(fit: Fit) -> str:
     facts = [evidence, f"ess {fit.ess:.0f} of {len(fit.particles)}"]
     if fit.particles.has_normalizer:
         failed = not fit.pareto_k <= 0.7 or any(finding.level == "error" for finding in fit.findings)
-        facts.append(f"k-hat {fit.pareto_k:.2f} {'unreliable' if failed else 'good'}")
+        # Weights that are bounded by equal ones have no tail.
+        tail = "none" if fit.pareto_k == -math.inf else f"{fit.pareto_k:.2f}"
+        facts.append(f"k-hat {tail} {'unreliable' if failed else 'good'}")
     facts += [f"{fit.evaluations:.3g} evaluations"] if fit.evaluations else []
     lines.append(" | ".join([*facts, f"{fit.seconds:.1f} s", fit.method]))
     return "\n".join([*lines, *(str(finding) for finding in fit.findings), *(f"Note: {note}" for note in fit.notes)])

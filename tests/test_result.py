@@ -95,6 +95,11 @@ def test_chains_print_without_an_evidence():
     assert "exact" not in text
 
 
+def test_equal_weights_have_no_tail():
+    equal = Particles(particles().x, torch.zeros(4000, dtype=F64))
+    assert "k-hat none good" in str(make(equal))
+
+
 def test_what_is_not_counted_is_not_printed():
     assert "evaluations" not in str(make(evaluations=0))
 
