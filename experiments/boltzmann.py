@@ -28,19 +28,20 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from boltzmann_settings import SETTINGS, Setting
 from torch import Tensor
 
 from diffsampler import baselines, estimators, metrics, plotting_particles, targets
 from diffsampler._report import number, table, versions, write_json
 from diffsampler.equivariant import EquivariantGraphNetwork
 from diffsampler.kernels.hmc import HMC
-from diffsampler.methods.matching import Matching, PathDivergence, Stages
+from diffsampler.methods.matching import Matching, PathDivergence
 from diffsampler.methods.reference_process import GaussianStart, ReferenceProcess
 from diffsampler.particles import Particles
 from diffsampler.reference import geometric
@@ -48,153 +49,6 @@ from diffsampler.sampler import DiffusionSampler
 from diffsampler.target import Target
 
 DRAWS = 2000
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a system is sampled."""
-
-    particles: int
-    dimensions: int
-    num_steps: int
-    sigma_min: float
-    sigma_max: float
-    draw_steps: int | None = None
-    """Steps of the chain that is judged, with the same control on a finer grid; as in training by default."""
-    start_scale: float | None = None
-    """Standard deviation of the start law; None starts at a point."""
-    left_endpoint: bool = False
-    learn_variance: bool = True
-    resolution: float = 0.03
-    width: int = 48
-    depth: int = 4
-    radial: int = 16
-    reach: float = 8.0
-    """Largest distance that the radial functions resolve."""
-    attention: bool = False
-    steps: int = 12_000
-    batch_size: int = 512
-    learning_rate: float = 2e-3
-    fresh: int = 512
-    every: int = 100
-    capacity: int = 8000
-    clip: float = 100.0
-    power: float = 1.0
-    reweight: float | None = 0.3
-    stages: Stages | None = None
-    core: float | None = None
-    """Continuation of the pair energy in training; draws and weights are those of the exact energy."""
-    bank: int | None = None
-    """Particles of SMC in place of reweighted end points; with no steps of training they are the answer."""
-    spread: float = 1.0
-    """Standard deviation of the Gaussian that SMC begins at."""
-
-
-PUBLISHED = Setting(
-    4,
-    2,
-    num_steps=199,
-    sigma_min=1e-3,
-    sigma_max=1.0,
-    start_scale=1.633,
-    left_endpoint=True,
-    learn_variance=False,
-    width=128,
-    depth=5,
-    attention=True,
-    steps=500_000,
-    learning_rate=1e-4,
-    capacity=10_000,
-    power=0.0,
-    reweight=None,
-    stages=Stages(20_000, 2_000),
-)
-SMC = Setting(4, 2, num_steps=1, sigma_min=0.1, sigma_max=1.0, steps=0, bank=4096)
-SETTINGS = {
-    "dw4": {
-        "cpu": Setting(
-            4,
-            2,
-            num_steps=100,
-            sigma_min=0.07,
-            sigma_max=2.0,
-            draw_steps=200,
-            steps=20_000,
-            fresh=1024,
-            capacity=10_000,
-        ),
-        "smc": replace(SMC, spread=2.6),
-        "published": PUBLISHED,
-    },
-    "lj13": {
-        "cpu": Setting(
-            13,
-            3,
-            num_steps=80,
-            sigma_min=0.03,
-            sigma_max=1.0,
-            reach=4.0,
-            width=32,
-            depth=3,
-            batch_size=64,
-            fresh=128,
-            every=50,
-            steps=20_000,
-        ),
-        "bank": Setting(
-            13,
-            3,
-            num_steps=80,
-            sigma_min=0.03,
-            sigma_max=1.2,
-            draw_steps=320,
-            reach=3.1,
-            radial=32,
-            width=32,
-            depth=3,
-            batch_size=64,
-            fresh=64,
-            every=250,
-            steps=6000,
-            reweight=None,
-            bank=16_384,
-        ),
-        "smc": replace(SMC, particles=13, dimensions=3),
-        "published": replace(
-            PUBLISHED, particles=13, dimensions=3, num_steps=999, reach=5.0, stages=Stages(30_000, 2_000)
-        ),
-    },
-    "lj55": {
-        "cpu": Setting(
-            55,
-            3,
-            num_steps=60,
-            sigma_min=0.03,
-            sigma_max=1.5,
-            reach=6.0,
-            radial=24,
-            width=32,
-            depth=3,
-            batch_size=16,
-            fresh=32,
-            every=50,
-            steps=10_000,
-        ),
-        "smc": replace(SMC, particles=55, dimensions=3, bank=2048),
-        "published": replace(
-            PUBLISHED,
-            particles=55,
-            dimensions=3,
-            num_steps=999,
-            sigma_max=2.0,
-            start_scale=0.816,
-            reach=7.0,
-            batch_size=200,
-            fresh=200,
-            stages=Stages(30_000, 2_000),
-        ),
-    },
-}
 
 
 def build_target(setting: Setting, *, core: float | None = None) -> Target:
@@ -342,24 +196,61 @@ def pictures(case: str, setting: Setting, target: Target, particles: Particles, 
         draw(shown, n=n, reference="reference", title=case).savefig(f"{stem}-{name}.png")
 
 
+class Paused(Exception):
+    """Training ended before its last step because ``--seconds`` were over."""
+
+
 def run(case: str, kind: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Train and judge; None if ``--seconds`` ended training before its last step."""
     setting = SETTINGS[case][kind]
     if arguments.steps is not None:
         setting = replace(setting, steps=arguments.steps)
     name = f"{case}-{kind}-{seed}"
-    if setting.steps == 0:
-        return run_annealed(case, setting, seed, arguments, name)
     began, before = time.monotonic(), time.process_time()
+    target = build_target(setting)
+    known = {"versions": versions(), "settings": asdict(setting), "seed": seed}
+    if setting.steps == 0:
+        particles, spent = annealed(setting, target, seed)
+        wall, history = time.monotonic() - began, []
+        cpu = time.process_time() - before
+        # Distances are those of some draws from all islands, errors those between islands.
+        order = torch.randperm(len(particles), generator=torch.Generator().manual_seed(seed))
+    else:
+        try:
+            sampler, spent = trained(setting, seed, arguments, name)
+        except Paused:
+            print(f"{name}: paused; the same command goes on after the last checkpoint.")
+            return None
+        wall, history, order = sampler.history[-1]["seconds"], sampler.history, None
+        cpu = time.process_time() - before
+        assert isinstance(sampler.process, ReferenceProcess)
+        process = refined(setting, target, sampler.process).to(arguments.device)
+        particles = DiffusionSampler(target, process, PathDivergence()).sample(DRAWS, seed=seed + 1000)
+    result = {
+        **known,
+        "seconds of training": {"wall": wall, "cpu of this process": cpu},
+        "training energies": spent,
+        **judge(case, setting, target, particles, arguments.references, order=order),
+        "history": history[:: max(1, len(history) // 100)],
+    }
+    pictures(case, setting, target, particles, arguments.references, arguments.out / name)
+    write_json(arguments.out / f"{name}.json", result)
+    return result
+
+
+def trained(setting: Setting, seed: int, arguments: argparse.Namespace, name: str) -> tuple[DiffusionSampler, int]:
+    """The trained sampler, and the energies that it and its bank took.
+
+    Raises:
+        Paused: If ``--seconds`` were over first.
+    """
+    began = time.monotonic()
     target = build_target(setting, core=setting.core)
     bank, spent = None, 0
     if setting.bank is not None:
         particles, spent = annealed(setting, target, seed)
         bank = particles.resample(setting.bank, generator=torch.Generator().manual_seed(seed))
     sampler = build(setting, target, seed, bank=bank).to(device=arguments.device)
-
-    class Paused(Exception):
-        pass
 
     def watch(entry: dict[str, float]) -> None:
         if entry["step"] % 500 == 0:
@@ -368,58 +259,17 @@ def run(case: str, kind: str, seed: int, arguments: argparse.Namespace) -> dict[
         if arguments.seconds is not None and time.monotonic() - began > arguments.seconds:
             raise Paused
 
-    folder = arguments.out / "checkpoints" / name
-    try:
-        sampler.fit(
-            steps=setting.steps,
-            batch_size=setting.batch_size,
-            learning_rate=setting.learning_rate,
-            seed=seed,
-            checkpoint=folder,
-            checkpoint_every=500,
-            resume=True,
-            callback=watch,
-        )
-    except Paused:
-        print(f"{name}: paused; the same command goes on after the last checkpoint.")
-        return None
-    trained = {"wall": sampler.history[-1]["seconds"], "cpu of this process": time.process_time() - before}
-    target = build_target(setting)
-    assert isinstance(sampler.process, ReferenceProcess)
-    process = refined(setting, target, sampler.process).to(arguments.device)
-    final = DiffusionSampler(target, process, PathDivergence())
-    particles = final.sample(DRAWS, seed=seed + 1000)
-    result = {
-        "versions": versions(),
-        "settings": asdict(setting),
-        "seed": seed,
-        "seconds of training": trained,
-        "training energies": sampler.evaluations + spent,
-        **judge(case, setting, target, particles, arguments.references),
-        "history": sampler.history[:: max(1, len(sampler.history) // 100)],
-    }
-    pictures(case, setting, target, particles, arguments.references, arguments.out / name)
-    write_json(arguments.out / f"{name}.json", result)
-    return result
-
-
-def run_annealed(case: str, setting: Setting, seed: int, arguments: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Judge particles of SMC. Distances are those of some from all islands, errors those between islands."""
-    target, began, before = build_target(setting), time.monotonic(), time.process_time()
-    particles, spent = annealed(setting, target, seed)
-    seconds = {"wall": time.monotonic() - began, "cpu of this process": time.process_time() - before}
-    order = torch.randperm(len(particles), generator=torch.Generator().manual_seed(seed))
-    result = {
-        "versions": versions(),
-        "settings": asdict(setting),
-        "seed": seed,
-        "seconds of training": seconds,
-        "training energies": spent,
-        **judge(case, setting, target, particles, arguments.references, order=order),
-    }
-    pictures(case, setting, target, particles, arguments.references, arguments.out / name)
-    write_json(arguments.out / f"{name}.json", result)
-    return result
+    sampler.fit(
+        steps=setting.steps,
+        batch_size=setting.batch_size,
+        learning_rate=setting.learning_rate,
+        seed=seed,
+        checkpoint=arguments.out / "checkpoints" / name,
+        checkpoint_every=500,
+        resume=True,
+        callback=watch,
+    )
+    return sampler, sampler.evaluations + spent
 
 
 def report(name: str, result: dict[str, Any]) -> None:

@@ -40,11 +40,11 @@ class Tails:
     def product_df(self, dim: int) -> float | None:
         """Degrees of freedom of a product that covers, or None where elliptical references bound the weights."""
         # An elliptical law with df degrees falls like t^-(df + D) along an axis, too.
-        return None if self.axis + 1.0 >= WIDE_DF + dim else float(min(5, max(1, math.floor(self.axis))))
+        return None if self.axis + 1.0 >= WIDE_DF + dim else float(math.floor(min(5.0, max(1.0, self.axis))))
 
     def elliptical_df(self) -> float:
         """Degrees of freedom of an elliptical law that covers, at most those of the usual references."""
-        return WIDE_DF if self.radial >= WIDE_DF else float(max(1, math.floor(self.radial)))
+        return float(math.floor(min(WIDE_DF, max(1.0, self.radial))))
 
 
 def probe_degrees(target: Target, fits: MeanFieldFits) -> Tails:
