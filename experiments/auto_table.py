@@ -15,7 +15,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -237,11 +237,7 @@ def main() -> None:
                 print(f"{name} {seed}: {row['cpu']:.1f} CPU s{', flagged' if flagged(row) else ''}", flush=True)
     found = {name: rows for name in options.only if (rows := folder.read(name))}
     if found:
-        text = show(found)
-        print(text)
-        (options.out / "table.txt").write_text(f"{asdict(settings)}\n{text}\n")
-        draw(found, options.out / "table.png")
-        print(f"drawn to {options.out / 'table.png'}")
+        folder.publish(show(found), lambda path: draw(found, path))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import argparse
 import math
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +144,7 @@ def main() -> None:
                 folder.write(name, seed, run(name, seed, settings))
     found = {name: rows for name in options.only if (rows := folder.read(name))}
     if found:
-        text = show(found)
-        print(text)
-        (options.out / "table.txt").write_text(f"{asdict(settings)}\n{text}\n")
-        draw(found, options.out / "table.png")
+        folder.publish(show(found), lambda path: draw(found, path))
 
 
 if __name__ == "__main__":

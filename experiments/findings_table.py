@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -212,9 +212,7 @@ def main() -> None:
             rows = folder.read(f"{kind} {name}".replace("/", " over "))
             if rows:
                 found[kind][name] = rows
-    text = show(found, settings)
-    print(text)
-    (options.out / "table.txt").write_text(f"{asdict(settings)}\n{text}\n")
+    folder.publish(show(found, settings))
 
 
 if __name__ == "__main__":

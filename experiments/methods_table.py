@@ -16,7 +16,7 @@ import argparse
 import math
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -219,10 +219,7 @@ def show(folder: Folder, names: list[str], methods: list[str]) -> None:
     if found:
         rows = [summary(*key, group) for key, group in found.items()]
         text = "\n".join([table(HEADER, rows), *(line for line in lines if not line.endswith(" 0 failed"))])
-        print(text)
-        (folder.path / "table.txt").write_text(f"{asdict(folder.settings)}\n{text}\n")
-        draw(found, folder.path / "table.png")
-        print(f"drawn to {folder.path / 'table.png'}")
+        folder.publish(text, lambda path: draw(found, path))
 
 
 if __name__ == "__main__":

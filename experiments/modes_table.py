@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -196,10 +196,7 @@ def main() -> None:
         truth, mine, theirs = (folder.read(f"{name} {part}") for part in ("reference", *parts))
         found += [(name, truth[0], a, b) for a, b in zip(mine, theirs, strict=False)]
     if found:
-        text = show(found)
-        print(text)
-        (options.out / "table.txt").write_text(f"{asdict(settings)}\n{text}\n")
-        draw(found, options.out / "table.png")
+        folder.publish(show(found), lambda path: draw(found, path))
 
 
 if __name__ == "__main__":

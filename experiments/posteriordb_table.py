@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -208,10 +208,7 @@ def main() -> None:
             print(f"{name} {seed}: {row['cpu']:.1f} CPU s, {verdict}", flush=True)
     found = {name: rows for name in names if (rows := done.read(name))}
     if found:
-        text = show(found)
-        print(text)
-        (options.out / "table.txt").write_text(f"{asdict(settings)}\n{text}\n")
-        draw(found, options.out / "table.png")
+        done.publish(show(found), lambda path: draw(found, path))
 
 
 if __name__ == "__main__":

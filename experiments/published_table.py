@@ -16,7 +16,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -220,11 +220,7 @@ def main() -> None:
                 print(f"{name} {seed}: {text}, {row['cpu']:.0f} CPU s {measures}", flush=True)
     found = {name: rows for name in CASES if name in options.only and (rows := folder.read(name))}
     if found:
-        text = show(found)
-        print(text)
-        (folder.path / "table.txt").write_text(f"{asdict(folder.settings)}\n{text}\n")
-        draw(found, folder.path / "table.png")
-        print(f"drawn to {folder.path / 'table.png'}")
+        folder.publish(show(found), lambda path: draw(found, path))
 
 
 if __name__ == "__main__":

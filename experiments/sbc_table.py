@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +171,10 @@ def main() -> None:
     rows = folder.read("sbc")
     if rows:
         text = show(rows, shrink=options.shrink)
-        print(text)
         if options.shrink == 1.0:
-            (options.out / "table.txt").write_text(f"{asdict(settings)}\n{text}\n")
-            draw(rows, options.out / "table.png")
+            folder.publish(text, lambda path: draw(rows, path))
+        else:
+            print(text)
 
 
 if __name__ == "__main__":

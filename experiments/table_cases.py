@@ -222,3 +222,11 @@ class Folder:
             if row["settings"] != json.loads(json.dumps(asdict(self.settings))):
                 raise SystemExit(f"{self.path} holds runs with other settings ({row['settings']}): name another --out.")
         return sorted(rows, key=lambda row: row["seed"])
+
+    def publish(self, text: str, draw: Callable[[Path], None] | None = None) -> None:
+        """Print a table, keep it beside its runs, and draw its figure to the path that ``draw`` is called with."""
+        print(text)
+        (self.path / "table.txt").write_text(f"{asdict(self.settings)}\n{text}\n")
+        if draw is not None:
+            draw(self.path / "table.png")
+            print(f"drawn to {self.path / 'table.png'}")

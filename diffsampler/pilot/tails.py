@@ -6,6 +6,10 @@ Draws cannot tell: those of a lighter reference end before the tail does. The sl
           \to -(\nu + D) \text{ along any ray},
 
 the density is bounded by a product of Student-t laws, or by an elliptical one, with :math:`\nu` degrees of freedom.
+Without such a bound importance weights have no finite variance, and no sign of that in a sample of any usual size.
+
+References:
+    Safe and effective importance sampling (Owen & Zhou, 2000), https://doi.org/10.1080/01621459.2000.10473909
 """
 
 from __future__ import annotations
