@@ -12,14 +12,16 @@ from diffsampler.kernel import KernelParams
 from diffsampler.kernels import HMC
 from diffsampler.particles import Particles
 from diffsampler.pilot.modes import ModeSet, SearchReport
-from diffsampler.pilot.profile import Profile
+from diffsampler.pilot.profile import Profile, weighed_profile
 from diffsampler.smc import SMCResult
 from diffsampler.target import Target
 
-__all__ = ["FindingTuple", "drift", "island_findings", "judge", "lost_tail", "missing_modes"]
+__all__ = ["FindingTuple", "confirmed_tail", "drift", "island_findings", "judge", "lost_tail", "missing_modes"]
 
 LOST = {0.02: 0.05, 0.1: 0.2}
 """Mass that a profile must see in a tail for a neck to count as lost, by the mass that the particles have there."""
+CONFIRMING = 32
+"""Draws per grid point that confirm a lost tail."""
 FindingTuple = tuple[str, str, str]
 """Level ("error", "warning" or "note"), message, remedy."""
 
@@ -52,13 +54,7 @@ def lost_tail(particles: Particles, profile: Profile) -> tuple[float, float] | N
     None where nothing is lost, and where the profile disagrees with the bulk of the particles or has less than two and
     a half grid points in it: it is then not an approximation to rely on.
     """
-    x, order = particles.x[:, profile.index].sort()
-    cumulative = torch.softmax(particles.log_weight, 0)[order].cumsum(0)
-
-    def quantile(q: float) -> float:
-        return float(x[int((cumulative < q).sum().clamp_max(len(particles) - 1))])
-
-    edges = [quantile(q) for q in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    edges = _quantiles(particles, profile.index, (0.1, 0.3, 0.5, 0.7, 0.9))
     if float(profile.grid[1] - profile.grid[0]) > (edges[-1] - edges[0]) / 2.5:
         return None
     inner = [profile.tail(e, below=True) for e in edges]
@@ -66,10 +62,39 @@ def lost_tail(particles: Particles, profile: Profile) -> tuple[float, float] | N
     bulk = [(value - inner[0]) / mass for value in inner[1:-1]]
     if max(abs(value - expected) for value, expected in zip(bulk, (0.25, 0.5, 0.75), strict=True)) > 0.15:
         return None
-    seen = {
-        had: max(profile.tail(quantile(had), below=True), profile.tail(quantile(1.0 - had), below=False))
-        for had in LOST
-    }
+    return _worst_tail(particles, profile)
+
+
+def confirmed_tail(
+    target: Target, particles: Particles, profile: Profile, *, generator: torch.Generator | None
+) -> tuple[float, float] | None:
+    """A :func:`lost_tail` that draws of the profile confirm: their weights hold that mass against the run's ``Z``.
+
+    Laplace's approximation may see far too much mass where a ridge turns round; weights of draws do not.
+    """
+    if lost_tail(particles, profile) is None:
+        return None
+    weighed = weighed_profile(target, profile, draws=CONFIRMING, generator=generator)
+    share = math.exp(min(0.0, weighed.log_normalizer() - particles.log_normalizer.value))
+    return _worst_tail(particles, weighed, share=share)
+
+
+def _quantiles(particles: Particles, index: int, at: tuple[float, ...]) -> list[float]:
+    x, order = particles.x[:, index].sort()
+    cumulative = torch.softmax(particles.log_weight, 0)[order].cumsum(0)
+    return [float(x[int((cumulative < q).sum().clamp_max(len(particles) - 1))]) for q in at]
+
+
+def _worst_tail(particles: Particles, profile: Profile, *, share: float = 1.0) -> tuple[float, float] | None:
+    """Mass in the most underrated tail, where it is too much, and the particles' own; the profile holds a share.
+
+    The grid cell that holds the tail's edge does not count: where a ridge turns round, much of the mass is in one cell.
+    """
+    seen = {}
+    for had in LOST:
+        low, high = _quantiles(particles, profile.index, (had, 1.0 - had))
+        tails = profile.tail(low - profile.step, below=True), profile.tail(high + profile.step, below=False)
+        seen[had] = share * max(tails)
     worst = max(LOST, key=lambda had: seen[had] / LOST[had])
     return (seen[worst], worst) if seen[worst] > LOST[worst] else None
 
@@ -106,7 +131,7 @@ def drift(
 
 def judge(
     *,
-    necks: dict[str, Profile],
+    lost: dict[str, tuple[float, float]],
     shift: float,
     particles: Particles,
     final: SMCResult,
@@ -116,7 +141,7 @@ def judge(
     settled: bool,
     prior: bool = False,
 ) -> list[FindingTuple]:
-    """All findings about a finished run, with profiles along what may make ``necks``, by name.
+    """All findings about a finished run, with the tails that it has ``lost``: their true mass and its own, by name.
 
     Where a ``prior`` is known, no remedy asks for one.
     """
@@ -146,15 +171,13 @@ def judge(
     if shift > 5.0:
         message = f"Further moves shift the particles: {shift:.1f} standard errors."
         findings.append(("warning", message, "Use more particles."))
-    for name, profile in necks.items():
-        lost = lost_tail(particles, profile)
-        if lost is not None:
-            message = (
-                f"A neck may be lost: a profile along {name} sees a probability of {lost[0]:.2f} in a tail where the "
-                f"particles have {lost[1]:g}."
-            )
-            remedy = "Use a non-centred parametrisation."
-            findings.append(("warning", message, remedy if prior else f"Hand over a prior, or {remedy.lower()}"))
+    for name, (seen, had) in lost.items():
+        message = (
+            f"A neck may be lost: a profile along {name} sees a probability of {seen:.2f} in a tail where the "
+            f"particles have {had:g}."
+        )
+        remedy = "Use a non-centred parametrisation."
+        findings.append(("warning", message, remedy if prior else f"Hand over a prior, or {remedy.lower()}"))
     return findings + _search_findings(particles, modes, report)
 
 

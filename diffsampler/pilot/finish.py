@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from diffsampler.particles import Particles
-from diffsampler.pilot.checks import FindingTuple, drift, judge
+from diffsampler.pilot.checks import FindingTuple, confirmed_tail, drift, judge
 from diffsampler.pilot.guide import Knowledge
 from diffsampler.pilot.modes import ModeSet, SearchReport
 from diffsampler.pilot.passes import Job
@@ -74,8 +74,11 @@ def finish(
     )
     working: Target = job.target if frame is None else PulledBack(job.target, frame)
     necks = {_name(p.index, particles, frame): p for p in _necks(job, working, last, particles, final, modes)}
+    tails = {
+        name: confirmed_tail(working, particles, profile, generator=job.generator) for name, profile in necks.items()
+    }
     findings = judge(
-        necks=necks,
+        lost={name: tail for name, tail in tails.items() if tail is not None},
         shift=_drift(job, last, final),
         particles=particles,
         final=final,

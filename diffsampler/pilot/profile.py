@@ -16,7 +16,7 @@ References:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from diffsampler.pilot.reference import EllipticalMixture
 from diffsampler.pilot.transport import TransportMap, TriangularMap
 from diffsampler.target import Target
 
-__all__ = ["Profile", "drivers", "laplace_profile", "profile_from_draws", "score_drivers"]
+__all__ = ["Profile", "drivers", "laplace_profile", "profile_from_draws", "score_drivers", "weighed_profile"]
 
 # Grid points this far below the best carry no mass worth a component.
 DEPTH = 14.0
@@ -58,6 +58,10 @@ class Profile:
     def alive(self) -> Tensor:
         """Which grid points carry mass worth a component, shape ``(G,)``."""
         return self.log_mass > self.log_mass.max() - DEPTH
+
+    def log_normalizer(self) -> float:
+        """Logarithm of the integral of the approximate marginal density."""
+        return float(torch.logsumexp(self.log_mass, 0)) + math.log(self.step)
 
     def part(self, index: slice | Tensor) -> Profile:
         """Some of the grid points."""
@@ -267,3 +271,24 @@ def _local_moments(x: Tensor, index: int, grid: Tensor, others: list[int]) -> tu
     nearest = (grid.unsqueeze(-1) - x[:, index]).abs().topk(count, largest=False).indices
     local = x[nearest]
     return local.mean(1), local.std(1)[:, others].clamp_min(1e-12)
+
+
+def weighed_profile(target: Target, profile: Profile, *, draws: int, generator: torch.Generator | None) -> Profile:
+    """The profile with marginal densities by importance sampling instead of Laplace's approximation.
+
+    Estimates are means over ``draws`` points of each conditional Gaussian, without bias where it covers the
+    conditional. What it does not cover, as a second branch of a ridge, is left out: they may be too low, hardly ever
+    too high.
+    """
+    peaked = torch.isfinite(profile.log_mass)
+    mode, tril = profile.mode[peaked], profile.tril[peaked]
+    count, d = tril.shape[:2]
+    others = [j for j in range(profile.mode.shape[1]) if j != profile.index]
+    u = torch.randn(draws, count, d, dtype=mode.dtype, device=mode.device, generator=generator)
+    x = mode.expand(draws, -1, -1).clone()
+    x[..., others] += (tril @ u.unsqueeze(-1)).squeeze(-1)
+    log_q = -0.5 * u.square().sum(-1) - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) - 0.5 * d * math.log(2 * math.pi)
+    log_weight = torch.nan_to_num(target.log_prob(x).double() - log_q, nan=-math.inf)
+    log_mass = torch.full_like(profile.log_mass, -math.inf)
+    log_mass[peaked] = (torch.logsumexp(log_weight, 0) - math.log(draws)).to(log_mass)
+    return replace(profile, log_mass=log_mass)
