@@ -13,6 +13,7 @@ draws, usually below 3.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ def line(row: Row) -> tuple[str, ...]:
         f"{mean:.3f}",
         f"{low:.3f} to {high:.3f}",
         f"{shift:.3f}",
-        f"{row['pareto_k']:.2f}",
+        f"{row['pareto_k']:.2f}" if math.isfinite(row["pareto_k"]) else "none",
         f"{row['ess']:.0f}",
         # With a flat prior the evidence is a number without a scale.
         f"{row['log_normalizer'][0]:.3f}" if row["prior"] else "-",
