@@ -4,6 +4,10 @@ Parameters are drawn from the prior, data from the model, and the posterior is s
 rank of every true parameter among independent draws is uniform, and so is that of any function of parameters and data;
 the log likelihood is one that is sensitive. Uniformity is judged by a chi-square test over ten bins.
 
+The five marginal posteriors are known by quadrature over the scale. Their distribution functions at the truth show what
+the drawn data sets alone would give ("exact"), and at the draws of every run they test the sampler against the very
+posterior that it had to find ("draws"): pooled over runs, these are uniform.
+
 Every simulation is one JSON file; those that exist are not made again. As a control, `--shrink` pulls all draws towards
 their mean, which must be noticed.
 
@@ -80,6 +84,30 @@ def quantities(parameters: Tensor, y: Tensor) -> Tensor:
     return torch.cat([parameters, -0.5 * residual.square().sum((-1, -2)).unsqueeze(-1)], -1)
 
 
+def exact_cdf(at: np.ndarray, y: Tensor) -> np.ndarray:
+    """Posterior distribution functions of the five parameters at points ``(n, 5)``, same shape.
+
+    Given the scale everything is Gaussian; the scale is integrated on a grid of its logarithm.
+    """
+    mean, error = y.mean(0).numpy()[:, None], 1.0 / PER_GROUP
+    log_tau = np.linspace(-9.0, 6.0, 3001)
+    variance = np.exp(2.0 * log_tau)
+    precision = GROUPS / (variance + error) + 0.25
+    centre = mean.sum(0) / (variance + error) / precision
+    evidence = (mean**2).sum(0) / (variance + error) - centre**2 * precision
+    log_weight = -0.5 * (evidence + GROUPS * np.log(variance + error) + np.log(precision) + (log_tau + 0.5) ** 2)
+    weight = np.exp(log_weight - log_weight.max())
+    weight /= weight.sum()
+    share = variance / (variance + error)
+    location = [centre, *(share * mean + (1.0 - share) * centre)]
+    scale = [1.0 / precision, *[error * share + (1.0 - share) ** 2 / precision] * GROUPS]
+    mixed = [
+        stats.norm.cdf((at[:, [column]] - m) / np.sqrt(v)) @ weight
+        for column, m, v in zip([0, 2, 3, 4], location, scale, strict=True)
+    ]
+    return np.stack([mixed[0], np.interp(at[:, 1], log_tau, weight.cumsum()), *mixed[1:]], 1)
+
+
 def run(seed: int, settings: Settings) -> Row:
     truth, y = simulate(seed)
     budget = ds.Budget(evaluations=settings.evaluations, steps=settings.steps)
@@ -109,23 +137,38 @@ def ranks(rows: list[Row], *, shrink: float = 1.0) -> np.ndarray:
     return (draws < truth[:, None]).sum(1)
 
 
-def uniformity(found: np.ndarray) -> list[tuple[float, float]]:
-    """Chi-square statistic over ten bins and its p-value, of each quantity."""
+def uniformity(shares: np.ndarray) -> list[tuple[float, float]]:
+    """Chi-square statistic over ten bins and its p-value, of each column of numbers in [0, 1)."""
     result = []
-    for column in found.T:
-        counts = np.bincount(column * NUM_BINS // (NUM_DRAWS + 1), minlength=NUM_BINS)
+    for column in shares.T:
+        counts = np.bincount((column * NUM_BINS).astype(int).clip(0, NUM_BINS - 1), minlength=NUM_BINS)
         statistic, p = stats.chisquare(counts)
         result.append((float(statistic), float(p)))
     return result
 
 
+def against_exact(rows: list[Row], *, shrink: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Exact distribution functions at the truths ``(simulations, 5)`` and at all draws ``(simulations * 99, 5)``."""
+    truths, draws = [], []
+    for row in rows:
+        _, y = simulate(row["seed"])
+        drawn = np.array(row["draws"])[:, :-1]
+        drawn = drawn.mean(0) + shrink * (drawn - drawn.mean(0))
+        truths.append(exact_cdf(np.array([row["truth"][:-1]]), y))
+        draws.append(exact_cdf(drawn, y))
+    return np.concatenate(truths), np.concatenate(draws)
+
+
 def show(rows: list[Row], *, shrink: float = 1.0) -> str:
     found = ranks(rows, shrink=shrink)
+    exact = [[f"{p:.4f}" for _, p in uniformity(part)] + ["-"] for part in against_exact(rows, shrink=shrink)]
     lines = [
-        (name, f"{statistic:.1f}", f"{p:.4f}", f"{column.mean() / NUM_DRAWS:.3f}")
-        for name, column, (statistic, p) in zip(NAMES, found.T, uniformity(found), strict=True)
+        (name, f"{statistic:.1f}", f"{p:.4f}", f"{column.mean() / NUM_DRAWS:.3f}", *more)
+        for name, column, (statistic, p), *more in zip(
+            NAMES, found.T, uniformity(found / (NUM_DRAWS + 1)), *exact, strict=True
+        )
     ]
-    text = table(("quantity", "chi-square (9)", "p", "mean rank"), lines)
+    text = table(("quantity", "chi-square (9)", "p", "mean rank", "p, exact", "p, draws"), lines)
     flagged = sum(bool(row["findings"]) for row in rows)
     learned = sum("learned" in row["method"] for row in rows)
     cost = float(np.mean([row["cpu"] for row in rows]))
@@ -141,7 +184,9 @@ def draw(rows: list[Row], path: Path) -> None:
     found = ranks(rows)
     low, high = stats.binom.ppf([0.005, 0.995], len(rows), 1.0 / NUM_BINS)
     figure, panels = pyplot.subplots(2, 3, figsize=(9.0, 4.6), sharex=True, sharey=True, layout="constrained")
-    for panel, name, column, (_, p) in zip(panels.flat, NAMES, found.T, uniformity(found), strict=True):
+    for panel, name, column, (_, p) in zip(
+        panels.flat, NAMES, found.T, uniformity(found / (NUM_DRAWS + 1)), strict=True
+    ):
         panel.axhspan(low, high, color="#2a6f97", alpha=0.15, lw=0)
         panel.axhline(len(rows) / NUM_BINS, color="0.4", lw=0.8)
         panel.hist(column, bins=np.linspace(0, NUM_DRAWS + 1, NUM_BINS + 1), color="#2a6f97", rwidth=0.92)
