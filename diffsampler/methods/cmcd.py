@@ -15,6 +15,10 @@ step size carries a learned factor per coordinate evaluated at its own point, :m
 :math:`\epsilon_k(x')` in ``B``: both stay Gaussian, and funnels and other densities of varying scale need far fewer
 steps.
 
+Both kernels share their step sizes. At fixed paths larger ones make the kernels differ less, whatever paths of larger
+steps would do, so that log-variance losses drive step sizes too far up and training with them goes astray; with such
+losses the samplers keep the initial ones.
+
 References:
     Transport meets variational inference: controlled Monte Carlo diffusions (Vargas, Padhy, Blessing, Nuesken, 2024),
     https://arxiv.org/abs/2307.01050 (both controls)
@@ -43,7 +47,7 @@ from diffsampler.methods.annealed import (
     regrid_increments,
 )
 from diffsampler.networks import Control, clip
-from diffsampler.objective import Objective
+from diffsampler.objective import LogVariance, Objective
 from diffsampler.priors import Prior
 from diffsampler.process import Gaussian, Process
 from diffsampler.sampler import DiffusionSampler
@@ -66,6 +70,7 @@ class CMCDProcess(Process):
         scale: Scale of the target, and initial standard deviation of the default prior.
         local_scale: Smallest scale of the target relative to ``scale``, at most 1; the initial schedule and step sizes
             follow from it.
+        learn_steps: Whether step sizes are trained; losses without a path gradient drive them too far up.
         local_steps: Whether step sizes carry a learned factor per coordinate that depends on the point.
         forward_control: Whether forward kernels carry the control.
         backward_control: Whether backward kernels carry the control.
@@ -91,6 +96,7 @@ class CMCDProcess(Process):
         *,
         scale: float = 1.0,
         local_scale: float = 0.3,
+        learn_steps: bool = True,
         local_steps: bool = False,
         forward_control: bool = True,
         backward_control: bool = True,
@@ -120,7 +126,7 @@ class CMCDProcess(Process):
         beta, variance = initial_path(num_steps, local_scale)
         self.increments = nn.Parameter(beta.diff(prepend=beta.new_zeros(1)).log().float())
         step = STEP_SHARE * scale**2 * variance[:-1]
-        self.log_step = nn.Parameter(step.log().float().unsqueeze(-1).repeat(1, scales))
+        self.log_step = nn.Parameter(step.log().float().unsqueeze(-1).repeat(1, scales), requires_grad=learn_steps)
         self.control: Control | None = None
         if forward_control or backward_control or local_steps:
             self.control = Control(
@@ -183,7 +189,8 @@ class CMCDProcess(Process):
         new.time = (torch.arange(num_steps + 1) / num_steps).to(self.time)
         with torch.no_grad():
             new.increments = nn.Parameter(regrid_increments(self.increments, num_steps + 1))
-            new.log_step = nn.Parameter(regrid(self.log_step, num_steps) + math.log(self.num_steps / num_steps))
+            pace, learn = math.log(self.num_steps / num_steps), self.log_step.requires_grad
+            new.log_step = nn.Parameter(regrid(self.log_step, num_steps) + pace, requires_grad=learn)
         return new
 
     def log_anchor(self, k: Tensor, x: Tensor, log_prob: Tensor) -> Tensor:
@@ -191,6 +198,10 @@ class CMCDProcess(Process):
         beta = functional.pad(self.beta[1:].double(), (1, 1))
         beta = torch.cat([beta[:-1], beta.new_ones(1)])[k]
         return beta * log_prob + (1.0 - beta) * self.log_initial(x)
+
+
+def _chain(target: Target, num_steps: int, objective: Objective, options: dict[str, Any]) -> CMCDProcess:
+    return CMCDProcess(target.space, num_steps, **{"learn_steps": objective.needs_path_gradient, **options})
 
 
 @final
@@ -207,7 +218,8 @@ class CMCD(DiffusionSampler):
     def __init__(
         self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
-        super().__init__(target, CMCDProcess(target.space, num_steps, **options), objective)
+        objective = LogVariance() if objective is None else objective
+        super().__init__(target, _chain(target, num_steps, objective, options), objective)
 
 
 @final
@@ -224,8 +236,9 @@ class MCD(DiffusionSampler):
     def __init__(
         self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
-        process = CMCDProcess(target.space, num_steps, forward_control=False, **options)
-        super().__init__(target, process, objective)
+        objective = LogVariance() if objective is None else objective
+        options = {"forward_control": False, **options}
+        super().__init__(target, _chain(target, num_steps, objective, options), objective)
 
 
 @final
@@ -242,5 +255,6 @@ class AnnealedULA(DiffusionSampler):
     def __init__(
         self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
-        process = CMCDProcess(target.space, num_steps, forward_control=False, backward_control=False, **options)
-        super().__init__(target, process, objective)
+        objective = LogVariance() if objective is None else objective
+        options = {"forward_control": False, "backward_control": False, **options}
+        super().__init__(target, _chain(target, num_steps, objective, options), objective)

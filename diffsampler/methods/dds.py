@@ -40,7 +40,8 @@ class DDSProcess(Process):
         space: Euclidean or mean-free space.
         schedule: A variance-preserving noise schedule.
         scale: Standard deviation ``S`` of the prior; it must cover the target.
-        learn_noise: Whether the rates of the schedule are trained.
+        learn_noise: Whether the rates of the schedule are trained; losses without a path gradient are biased to more
+            noise, as both chains share it.
         control: What steers the chain, a network by default (:mod:`diffsampler.controls`); then options of the network
             have no effect.
         feature: Which score its gate multiplies, by default the difference between the target's and the prior's.

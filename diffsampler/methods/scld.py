@@ -261,7 +261,8 @@ class SCLD(Sampler):
         if num_islands < 1:
             raise ValueError(f"Expected num_islands >= 1; got {num_islands}.")
         self.target = target
-        self.process = CMCDProcess(target.space, num_steps, **options)
+        # Losses at fixed paths cannot train step sizes: see the module of the chain.
+        self.process = CMCDProcess(target.space, num_steps, **{"learn_steps": False, **options})
         self.resample_below = resample_below
         self.num_islands = num_islands
         self._counted = CountedTarget(target)
