@@ -171,6 +171,7 @@ def noising(num_steps: int, noise_min: float, noise_max: float = 2.5) -> dict[st
 GMM25 = partial(targets.GaussianMixture.grid, 25)
 PAIR = {"worst pair, weighted": (0.0, 0.02)}
 FUNNEL = ((16, 25.0, 128, 1e-2), (64, 30.0, 128, 5e-3), (256, 25.0, 128, 2e-3))
+GRID = {"num_steps": 32, "scale": 10.0, "point_features": 128}
 SPREAD = {"scale": 25.0, "local_scale": 0.06, "point_features": 128}
 MAPPED = ((16, 10.0, 128, 5e-3), (64, 10.0, 128, 3e-3), (256, 10.0, 128, 1e-3))
 CASES: dict[str, Case] = {
@@ -191,7 +192,9 @@ CASES: dict[str, Case] = {
         partial(targets.ManyWell, 64), Best(), Wanted(1.1, 0.02, 0.2, PAIR, "prototype: gap 1.1, ESS .2"), wells
     ),
     "mw54-best": Case(targets.DoubleWells.mw54, Best(), Wanted(None, 0.2, 0.67, {}, "ESS .27-.67, error .2"), modes),
-    "wells50-best": Case(targets.DoubleWells.mw52, Best(), Wanted(None, None, 0.85, {}, "ESS .85, error .09"), modes),
+    "wells50-best": Case(
+        targets.DoubleWells.mw52, Best(cpu=150.0), Wanted(None, None, 0.85, {}, "ESS .85, error .09"), modes
+    ),
     "mw54-dis": Case(
         targets.DoubleWells.mw54,
         Trained(ds.DIS, {**noising(48, 0.04), "scale": 2.0}, cpu=30.0, learning_rate=4e-3),
@@ -206,25 +209,24 @@ CASES: dict[str, Case] = {
     ),
     "gmm25-tb": Case(
         GMM25,
-        Trained(
-            ds.GFN,
-            {"num_steps": 64, "scale": 10.0, "point_features": 128},
-            cpu=60.0,
-            objective=TrajectoryBalance,
-            sources=search,
-            learning_rate=3e-3,
-        ),
+        Trained(ds.GFN, GRID, cpu=90.0, objective=TrajectoryBalance, sources=search, learning_rate=5e-3),
+        Wanted(0.17, 0.01, None, {}, "gap .171, error .004"),
+        modes,
+    ),
+    "gmm25-lv": Case(
+        GMM25,
+        Trained(ds.DIS, {**noising(32, 0.02), "scale": 8.0, "point_features": 128}, learning_rate=5e-3),
+        Wanted(0.17, 0.01, None, {}, "gap .171, error .004"),
+        modes,
+    ),
+    "gmm25-dgfs": Case(
+        GMM25,
+        Trained(ds.DGFS, GRID, cpu=90.0, sources=search, learning_rate=5e-3),
         Wanted(0.17, 0.01, None, {}, "gap .171, error .004"),
         modes,
     ),
 }
 CASES |= {
-    "gmm25-dgfs": Case(
-        GMM25,
-        Trained(ds.DGFS, {"num_steps": 64, "scale": 10.0, "point_features": 128}, sources=search, learning_rate=3e-3),
-        Wanted(0.17, 0.01, None, {}, "gap .171, error .004"),
-        modes,
-    ),
     "gmm40-cmcd": Case(
         targets.GaussianMixture.forty,
         Trained(ds.CMCD, {"num_steps": 64, **SPREAD}, cpu=120.0, learning_rate=5e-3),
