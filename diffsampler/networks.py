@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffsampler.space import Space
+from diffsampler.space import EuclideanTorus, Space, Torus
 
-__all__ = ["Control", "ControlModule", "FourierMLP", "Gate", "clip", "linear"]
+__all__ = ["Control", "ControlModule", "CoordinateSeries", "FourierMLP", "Gate", "clip", "linear"]
 
 
 def clip(x: Tensor, bound: float) -> Tensor:
@@ -104,6 +104,42 @@ class FourierMLP(nn.Module):
         for layer in self.hidden:
             h = functional.silu(layer(h))
         return self.head(h)
+
+
+@final
+class CoordinateSeries(nn.Module):
+    r"""A Fourier series in every coordinate, its coefficients functions of time, at first zero.
+
+    .. math:: f_{pi}(t, x) = \sum_{m=1}^M a_{pim}(t) \sin(m \omega x_i) + b_{pim}(t) \cos(m \omega x_i)
+
+    A small network of all coordinates at once learns many separate wells slowly; their sum it need not learn at all.
+
+    Arguments:
+        space: Where the points live; its vectors need coordinates of their own.
+        generator: Source of the initial parameters.
+        width: Length of the embedding of time.
+        parts: Number of series ``P`` per coordinate.
+        harmonics: Number of harmonics ``M``; the longest wave is eight units, on circles one turn.
+    """
+
+    omega: Tensor
+
+    def __init__(self, space: Space, *, generator: torch.Generator, width: int, parts: int, harmonics: int) -> None:
+        super().__init__()
+        if space.dof != space.dim:
+            raise ValueError(f"Expected harmonics=0: {space} has no coordinates of its own; got {harmonics}.")
+        unit = torch.full((space.dim, 1), 0.25 * math.pi)
+        if isinstance(space, Torus | EuclideanTorus):
+            unit[space.n if isinstance(space, EuclideanTorus) else 0 :] = 1.0
+        self.register_buffer("omega", unit * torch.arange(1, harmonics + 1))
+        self.shape = (parts, space.dim, 2 * harmonics)
+        self.out = linear(width, math.prod(self.shape), generator=generator, zero=True)
+
+    def forward(self, time: Tensor, x: Tensor) -> Tensor:
+        """Values ``(..., P, D)`` at embedded times ``(..., width)``, which may have axes of length one."""
+        coefficient = self.out(functional.silu(time)).unflatten(-1, self.shape)
+        turn = x.unsqueeze(-1) * self.omega
+        return torch.einsum("...pdm,...dm->...pd", coefficient, torch.cat([turn.sin(), turn.cos()], -1))
 
 
 class ControlModule(nn.Module, ABC):
@@ -186,6 +222,8 @@ class Control(ControlModule):
         width: Width of the hidden layers.
         depth: Number of hidden layers after the input layer.
         point_features: Number of random Fourier features of the point.
+        harmonics: Number of harmonics of a Fourier series in every coordinate, added to the network's outputs that
+            belong to coordinates; 0 for none.
     """
 
     def __init__(
@@ -202,6 +240,7 @@ class Control(ControlModule):
         width: int = 64,
         depth: int = 2,
         point_features: int = 0,
+        harmonics: int = 0,
     ) -> None:
         super().__init__(space, bound=bound, extra_inputs=extra_inputs, extra_outputs=extra_outputs)
         self.feature_input = feature_input
@@ -214,6 +253,10 @@ class Control(ControlModule):
             point_features=point_features,
         )
         self.gate = Gate(space, generator=generator, init=gate_init, scalar=scalar_gate)
+        self.series: CoordinateSeries | None = None
+        if harmonics:
+            parts = 1 + extra_outputs // space.dim
+            self.series = CoordinateSeries(space, generator=generator, width=width, parts=parts, harmonics=harmonics)
         self._table: tuple[Tensor, Tensor] | None = None
 
     @contextmanager
@@ -252,5 +295,8 @@ class Control(ControlModule):
             inputs.append(beside)
         time, gate = self._embed(t)
         out = self.net.at(time, torch.cat(inputs, -1) if len(inputs) > 1 else inputs[0])
+        if self.series is not None:
+            series = self.series(time, x).flatten(-2)
+            out = out + functional.pad(series, (0, out.shape[-1] - series.shape[-1]))
         control = out[..., : self.space.dim] + (weight * gate) * feature
         return self.space.project_vector(control), out[..., self.space.dim :]

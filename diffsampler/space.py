@@ -60,6 +60,10 @@ class Space(ABC):
     def features(self, x: Tensor) -> Tensor:
         """What a network should see of ``x``: shape ``(..., num_features)``, periodic where the space is."""
 
+    def scaled(self, x: Tensor, scale: Tensor | float) -> Tensor:
+        """``x (..., D)`` in units of a scale, for networks; angles have their own, in any other they would jump."""
+        return x / scale
+
     @final
     def noise(self, shape: tuple[int, ...], *, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw standard Gaussian noise, shape ``(*shape, D)``, with the dtype and device of ``like``."""
@@ -151,6 +155,9 @@ class Torus(Space):
     def features(self, x: Tensor) -> Tensor:
         return torch.cat([x.sin(), x.cos()], -1)
 
+    def scaled(self, x: Tensor, scale: Tensor | float) -> Tensor:
+        return x
+
     def log_gaussian(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         delta = self.project(x - mean).double()
         variance = variance.double().expand_as(delta)
@@ -187,6 +194,9 @@ class EuclideanTorus(Space):
 
     def features(self, x: Tensor) -> Tensor:
         return torch.cat([x[..., : self.n], Torus(self.m).features(x[..., self.n :])], -1)
+
+    def scaled(self, x: Tensor, scale: Tensor | float) -> Tensor:
+        return torch.cat([x[..., : self.n] / scale, x[..., self.n :]], -1)
 
     def log_gaussian(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         variance = variance.expand(*variance.shape[:-1], self.dim)

@@ -171,6 +171,7 @@ def noising(num_steps: int, noise_min: float, noise_max: float = 2.5) -> dict[st
 GMM25 = partial(targets.GaussianMixture.grid, 25)
 PAIR = {"worst pair, weighted": (0.0, 0.02)}
 FUNNEL = ((16, 25.0, 128, 1e-2), (64, 30.0, 128, 5e-3), (256, 25.0, 128, 2e-3))
+WELLS = {"harmonics": 8, "point_features": 0}
 GRID = {"num_steps": 32, "scale": 10.0, "point_features": 128}
 SPREAD = {"scale": 25.0, "local_scale": 0.06, "point_features": 128}
 MAPPED = ((16, 10.0, 128, 5e-3), (64, 10.0, 128, 3e-3), (256, 10.0, 128, 1e-3))
@@ -197,13 +198,13 @@ CASES: dict[str, Case] = {
     ),
     "mw54-dis": Case(
         targets.DoubleWells.mw54,
-        Trained(ds.DIS, {**noising(48, 0.04), "scale": 2.0}, cpu=30.0, learning_rate=4e-3),
+        Trained(ds.DIS, {**noising(48, 0.04), "scale": 2.0, **WELLS}, cpu=60.0, learning_rate=4e-3),
         Wanted(None, 0.2, 0.67, {}, "ESS .27-.67, error .2"),
         modes,
     ),
     "wells50-dis": Case(
         targets.DoubleWells.mw52,
-        Trained(ds.DIS, {**noising(32, 0.1), "point_features": 0}, cpu=30.0, learning_rate=4e-3),
+        Trained(ds.DIS, {**noising(32, 0.1), **WELLS}, cpu=90.0, learning_rate=4e-3),
         Wanted(None, None, 0.85, {}, "ESS .85, error .09"),
         modes,
     ),
@@ -235,14 +236,7 @@ CASES |= {
     ),
     "mw32-vargrad": Case(
         targets.ManyWell,
-        Trained(
-            ds.GFN,
-            {"num_steps": 48, "scale": 2.0, "level_min": 0.1},
-            cpu=90.0,
-            objective=VarGrad,
-            sources=search,
-            learning_rate=3e-3,
-        ),
+        Trained(ds.DIS, {**noising(32, 0.1), "scale": 1.5, **WELLS}, cpu=150.0, objective=VarGrad, learning_rate=4e-3),
         Wanted(3.85, None, None, {}, "gap 4.11, error .02; best gap 3.85"),
         wells,
     ),

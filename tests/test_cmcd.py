@@ -43,7 +43,7 @@ def test_fixed_paths_ask_for_larger_steps_where_fresh_ones_ask_for_smaller():
     assert fresh > 0.5
 
 
-@pytest.mark.parametrize("kind", [ds.CMCD, ds.MCD, ds.AnnealedULA])
+@pytest.mark.parametrize("kind", [ds.CMCD, ds.MCD, ds.AnnealedULA, ds.GBS])
 def test_step_sizes_learn_from_pathwise_losses_only(kind):
     def moved(**options):
         sampler = kind(modes(), num_steps=4, scale=3.0, local_scale=0.3, **options)

@@ -77,6 +77,7 @@ class CMCDProcess(Process):
         prior: Initial law; by default a learned Gaussian, or the uniform law of a torus.
         width: Width of the network.
         point_features: Random Fourier features of the point.
+        harmonics: Harmonics of a Fourier series in every coordinate, for targets of many separate wells.
         detach_score: Whether pathwise losses treat the score as a constant.
         seed: Seed of the network's initial parameters.
     """
@@ -103,6 +104,7 @@ class CMCDProcess(Process):
         prior: Prior | None = None,
         width: int = 64,
         point_features: int = 0,
+        harmonics: int = 0,
         detach_score: bool = False,
         seed: int = 0,
     ) -> None:
@@ -138,6 +140,7 @@ class CMCDProcess(Process):
                 extra_outputs=scales if local_steps else 0,
                 width=width,
                 point_features=point_features,
+                harmonics=harmonics,
             )
 
     @property
@@ -170,7 +173,7 @@ class CMCDProcess(Process):
         if self.control is not None:
             # The network sees the drift in units of the noise, noise_scale * score / 2.
             seen = 0.5 * (math.log(2.0) + log_step).mul(0.5).exp() * annealed
-            control, extra = self.control(self.time[at], x / self.scale, seen)
+            control, extra = self.control(self.time[at], self.space.scaled(x, self.scale), seen)
             shift = self.scale / self.num_steps * control
             if self.local_steps:
                 log_step = log_step + clip(extra, self.local_bound)

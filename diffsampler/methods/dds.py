@@ -47,6 +47,7 @@ class DDSProcess(Process):
         feature: Which score its gate multiplies, by default the difference between the target's and the prior's.
         width: Width of the network.
         point_features: Random Fourier features of the point.
+        harmonics: Harmonics of a Fourier series in every coordinate, for targets of many separate wells.
         detach_score: Whether pathwise losses treat the score as a constant.
         seed: Seed of the network's initial parameters.
     """
@@ -70,6 +71,7 @@ class DDSProcess(Process):
         feature: ScoreFeature | None = None,
         width: int = 64,
         point_features: int = 0,
+        harmonics: int = 0,
         detach_score: bool = True,
         seed: int = 0,
     ) -> None:
@@ -100,7 +102,14 @@ class DDSProcess(Process):
             self.log_rate = nn.Parameter((-2.0 * schedule.contraction.log()).log().float().unsqueeze(-1))
         generator = torch.Generator().manual_seed(seed)
         self.feature = feature
-        self.control = chosen_control(control, space, generator=generator, width=width, point_features=point_features)
+        self.control = chosen_control(
+            control,
+            space,
+            generator=generator,
+            width=width,
+            point_features=point_features,
+            harmonics=harmonics,
+        )
 
     def sample_initial(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         return self.scale * self.space.noise((n,), like=self.time, generator=generator)

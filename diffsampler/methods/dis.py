@@ -54,6 +54,7 @@ class DISProcess(Process):
         feature: Which score its gate multiplies, by default the difference between the target's and the prior's.
         width: Width of the network.
         point_features: Random Fourier features of the point.
+        harmonics: Harmonics of a Fourier series in every coordinate, for targets of many separate wells.
         extra_inputs: Inputs of the network beside the point (a context).
         detach_score: Whether pathwise losses treat the score as a constant.
         seed: Seed of the network's initial parameters.
@@ -85,6 +86,7 @@ class DISProcess(Process):
         feature: ScoreFeature | None = None,
         width: int = 64,
         point_features: int = 0,
+        harmonics: int = 0,
         extra_inputs: int = 0,
         detach_score: bool = True,
         seed: int = 0,
@@ -118,20 +120,20 @@ class DISProcess(Process):
         self.register_buffer("total_noise", total_v.sqrt().float().unsqueeze(-1))
         self.register_buffer("scale", torch.tensor(float(scale)))
         self.register_buffer("time", torch.arange(num_steps + 1) / num_steps)
-        generator = torch.Generator().manual_seed(seed)
         # Mean-free kernels must stay isotropic: one learned factor for all coordinates.
         factors = space.dim if space.dof == space.dim else 1
         self.feature = feature
         self.control = chosen_control(
             control,
             space,
-            generator=generator,
+            generator=torch.Generator().manual_seed(seed),
             bound=5.0,
             feature_input=True,
             extra_inputs=extra_inputs,
             extra_outputs=factors if learn_variance else 0,
             width=width,
             point_features=point_features,
+            harmonics=harmonics,
         )
 
     def sample_initial(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -151,7 +153,8 @@ class DISProcess(Process):
         prior_score = torch.zeros_like(z) if self.uniform_start else -z
         level, reach = self.level[k], self.reach[k]
         seen, weight = gated(self.feature, t, score, prior_score, self.signal[k])
-        control, extra = self.control(t, z / self.spread[k], level * seen, weight, beside=beside)
+        unit = self.space.scaled(x, self.scale * self.spread[k])
+        control, extra = self.control(t, unit, level * seen, weight, beside=beside)
         if self.uniform_start:
             # There is no linear prediction on a torus: the noised score is the control itself.
             mean = x + self.noise[k] / level * control

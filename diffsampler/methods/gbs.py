@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from diffsampler.methods.annealed import annealed_score, checked_prior, initial_path, num_scales
 from diffsampler.networks import Control
-from diffsampler.objective import Objective
+from diffsampler.objective import LogVariance, Objective
 from diffsampler.priors import Prior
 from diffsampler.process import Gaussian, Process
 from diffsampler.sampler import DiffusionSampler
@@ -48,6 +48,7 @@ class GBSProcess(Process):
         num_steps: Number of steps ``K``.
         scale: Scale of the target, and standard deviation of the default prior, which is fixed.
         local_scale: Smallest scale of the target relative to ``scale``, at most 1; the initial step sizes follow.
+        learn_steps: Whether step sizes are trained; losses without a path gradient drive them too far up.
         prior: Initial law; by default a fixed Gaussian, or the uniform law of a torus.
         width: Width of the networks.
         point_features: Random Fourier features of the point.
@@ -68,6 +69,7 @@ class GBSProcess(Process):
         *,
         scale: float = 1.0,
         local_scale: float = 0.3,
+        learn_steps: bool = True,
         prior: Prior | None = None,
         width: int = 64,
         point_features: int = 0,
@@ -80,7 +82,8 @@ class GBSProcess(Process):
         self.register_buffer("time", torch.arange(num_steps + 1) / num_steps)
         self.register_buffer("scale", torch.tensor(float(scale)))
         step = STEP_SHARE * scale**2 * initial_path(num_steps, local_scale)[1][:-1]
-        self.log_step = nn.Parameter(step.log().float().unsqueeze(-1).repeat(1, num_scales(space)))
+        table = step.log().float().unsqueeze(-1).repeat(1, num_scales(space))
+        self.log_step = nn.Parameter(table, requires_grad=learn_steps)
         self.control, self.backward_control = (
             Control(
                 space,
@@ -109,7 +112,7 @@ class GBSProcess(Process):
         variance = 2.0 * self.log_step[k].exp()
         noise_scale = variance.sqrt()
         feature = 0.5 * noise_scale * annealed_score(self.prior, t.unsqueeze(-1), x, score)
-        return Gaussian(x + noise_scale * control(t, x / self.scale, feature)[0], variance)
+        return Gaussian(x + noise_scale * control(t, self.space.scaled(x, self.scale), feature)[0], variance)
 
 
 @final
@@ -126,4 +129,7 @@ class GBS(DiffusionSampler):
     def __init__(
         self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
+        objective = LogVariance() if objective is None else objective
+        # Why losses at fixed paths must not train step sizes: diffsampler.methods.cmcd.
+        options = {"learn_steps": objective.needs_path_gradient, **options}
         super().__init__(target, GBSProcess(target.space, num_steps, **options), objective)

@@ -66,6 +66,7 @@ class GFNProcess(Process):
         feature: Which score its gate multiplies, by default the difference between the target's and the prior's.
         width: Width of the networks.
         point_features: Random Fourier features of the point.
+        harmonics: Harmonics of a Fourier series in every coordinate, for targets of many separate wells.
         detach_score: Whether pathwise losses treat the score as a constant.
         seed: Seed of the networks' initial parameters.
     """
@@ -88,6 +89,7 @@ class GFNProcess(Process):
         feature: ScoreFeature | None = None,
         width: int = 64,
         point_features: int = 0,
+        harmonics: int = 0,
         detach_score: bool = True,
         seed: int = 0,
     ) -> None:
@@ -125,6 +127,7 @@ class GFNProcess(Process):
             extra_outputs=factors if learn_variance else 0,
             width=width,
             point_features=point_features,
+            harmonics=harmonics,
         )
         if backward_range > 0.0:
             self.backward_control = FourierMLP(space.num_features, 2, generator=generator, width=width)

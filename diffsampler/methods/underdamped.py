@@ -223,7 +223,7 @@ class UnderdampedProcess(Process):
     def _width(self, k: Tensor, x: Tensor, kick: Tensor) -> Tensor:
         if self.mass_control is None:
             return x.new_ones(1)
-        _, extra = self.mass_control(self.time[k], x / self.scale, kick)
+        _, extra = self.mass_control(self.time[k], self.space.scaled(x, self.scale), kick)
         return (clip(extra, self.local_bound) * (k > 0).unsqueeze(-1)).exp()
 
     def _kick(self, log_step: Tensor, force: Tensor, width: Tensor) -> Tensor:
@@ -255,7 +255,9 @@ class UnderdampedProcess(Process):
         spread = width * (-torch.expm1(-2.0 * rate)).sqrt()
         if self.control is None or not (self.forward_control if sign > 0.0 else self.backward_control):
             return Gaussian(mean, spread.square())
-        control, extra = self.control(self.time[k], x / self.scale, kick / width, beside=velocity / width)
+        control, extra = self.control(
+            self.time[k], self.space.scaled(x, self.scale), kick / width, beside=velocity / width
+        )
         control = self.space.project_vector(sign * control + extra[..., : self.space.dim])
         if self.mass_control is not None:
             factor = extra[..., self.space.dim :].chunk(2, -1)[0 if sign > 0.0 else 1]
