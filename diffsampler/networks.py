@@ -126,6 +126,8 @@ class CoordinateSeries(nn.Module):
 
     def __init__(self, space: Space, *, generator: torch.Generator, width: int, parts: int, harmonics: int) -> None:
         super().__init__()
+        if harmonics < 1:
+            raise ValueError(f"Expected harmonics >= 0; got {harmonics}.")
         if space.dof != space.dim:
             raise ValueError(f"Expected harmonics=0: {space} has no coordinates of its own; got {harmonics}.")
         unit = torch.full((space.dim, 1), 0.25 * math.pi)

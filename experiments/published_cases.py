@@ -266,6 +266,12 @@ for method, steps in (("scld", 50), ("cmcd", 50), ("cmcd", 500)):
             Wanted(published="SCLD in a tenth of CMCD's steps"),
             modes,
         )
+CASES["gmm40-cmcd-learned500steps"] = Case(
+    targets.GaussianMixture.forty,
+    Trained(ds.CMCD, {"num_steps": 32, **SPREAD, "learn_steps": True}, cpu=600.0, steps=500, learning_rate=5e-3),
+    Wanted(published="what must not be done: step sizes trained at fixed paths"),
+    modes,
+)
 for number, (count, gap, error, published) in enumerate(
     ((64, 0.587, 0.108, "ELBO -.587, log Z -.108"), (256, 0.23, 0.03, "ELBO -.230, log Z -.019"))
 ):

@@ -66,6 +66,12 @@ def test_pieces_keep_their_step_sizes_unless_told():
         assert torch.equal(before, sampler.process.log_step) != told
 
 
+def test_what_a_method_leaves_out_cannot_be_asked_for():
+    for kind, option in ((ds.MCD, "forward_control"), (ds.AnnealedULA, "backward_control")):
+        with pytest.raises(TypeError, match=f"multiple values for keyword argument '{option}'"):
+            kind(modes(), **{option: True})
+
+
 def test_a_carried_chain_remembers_what_is_learned():
     space = modes().space
     assert not CMCDProcess(space, 4, learn_steps=False).regridded(8).log_step.requires_grad

@@ -52,6 +52,8 @@ def test_controls_agree_without_trained_series_and_refuse_spaces_without_coordin
         assert torch.equal(a, b), "series start at zero"
     with pytest.raises(ValueError, match="Expected harmonics=0: MeanFree"):
         Control(MeanFree(3, 2), generator=generator(), harmonics=4)
+    with pytest.raises(ValueError, match="Expected harmonics >= 0; got -1"):
+        Control(Euclidean(2), generator=generator(), harmonics=-1)
 
 
 @pytest.mark.parametrize("space", [Torus(2), EuclideanTorus(1, 1)])

@@ -203,8 +203,8 @@ class CMCDProcess(Process):
         return beta * log_prob + (1.0 - beta) * self.log_initial(x)
 
 
-def _chain(target: Target, num_steps: int, objective: Objective, options: dict[str, Any]) -> CMCDProcess:
-    return CMCDProcess(target.space, num_steps, **{"learn_steps": objective.needs_path_gradient, **options})
+def _chain(target: Target, num_steps: int, objective: Objective, options: dict[str, Any], **fixed: Any) -> CMCDProcess:
+    return CMCDProcess(target.space, num_steps, **fixed, **{"learn_steps": objective.needs_path_gradient, **options})
 
 
 @final
@@ -240,8 +240,8 @@ class MCD(DiffusionSampler):
         self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
         objective = LogVariance() if objective is None else objective
-        options = {"forward_control": False, **options}
-        super().__init__(target, _chain(target, num_steps, objective, options), objective)
+        process = _chain(target, num_steps, objective, options, forward_control=False)
+        super().__init__(target, process, objective)
 
 
 @final
@@ -259,5 +259,5 @@ class AnnealedULA(DiffusionSampler):
         self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
         objective = LogVariance() if objective is None else objective
-        options = {"forward_control": False, "backward_control": False, **options}
-        super().__init__(target, _chain(target, num_steps, objective, options), objective)
+        process = _chain(target, num_steps, objective, options, forward_control=False, backward_control=False)
+        super().__init__(target, process, objective)
