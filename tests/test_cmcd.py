@@ -67,7 +67,12 @@ def test_pieces_keep_their_step_sizes_unless_told():
 
 
 def test_what_a_method_leaves_out_cannot_be_asked_for():
-    for kind, option in ((ds.MCD, "forward_control"), (ds.AnnealedULA, "backward_control")):
+    for kind, option in (
+        (ds.MCD, "forward_control"),
+        (ds.AnnealedULA, "backward_control"),
+        (ds.LDVI, "forward_control"),
+        (ds.UHA, "backward_control"),
+    ):
         with pytest.raises(TypeError, match=f"multiple values for keyword argument '{option}'"):
             kind(modes(), **{option: True})
 

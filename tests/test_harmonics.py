@@ -81,6 +81,8 @@ KINDS = {
     "pis": lambda target, **o: ds.PIS(target, num_steps=8, **o),
     "gfn": lambda target, **o: ds.GFN(target, num_steps=8, **o),
     "cmcd": lambda target, **o: ds.CMCD(target, num_steps=8, **o),
+    "gbs": lambda target, **o: ds.GBS(target, num_steps=8, **o),
+    "ucmcd": lambda target, **o: ds.UCMCD(target, num_steps=8, **o),
 }
 
 

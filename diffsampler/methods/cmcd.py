@@ -40,6 +40,7 @@ from torch.nn import functional
 
 from diffsampler.methods.annealed import (
     annealed_score,
+    chain_options,
     checked_prior,
     initial_path,
     num_scales,
@@ -203,10 +204,6 @@ class CMCDProcess(Process):
         return beta * log_prob + (1.0 - beta) * self.log_initial(x)
 
 
-def _chain(target: Target, num_steps: int, objective: Objective, options: dict[str, Any], **fixed: Any) -> CMCDProcess:
-    return CMCDProcess(target.space, num_steps, **fixed, **{"learn_steps": objective.needs_path_gradient, **options})
-
-
 @final
 class CMCD(DiffusionSampler):
     """Controlled Monte Carlo diffusion, overdamped.
@@ -222,7 +219,7 @@ class CMCD(DiffusionSampler):
         self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
         objective = LogVariance() if objective is None else objective
-        super().__init__(target, _chain(target, num_steps, objective, options), objective)
+        super().__init__(target, CMCDProcess(target.space, num_steps, **chain_options(objective, options)), objective)
 
 
 @final
@@ -240,7 +237,7 @@ class MCD(DiffusionSampler):
         self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
         objective = LogVariance() if objective is None else objective
-        process = _chain(target, num_steps, objective, options, forward_control=False)
+        process = CMCDProcess(target.space, num_steps, forward_control=False, **chain_options(objective, options))
         super().__init__(target, process, objective)
 
 
@@ -259,5 +256,6 @@ class AnnealedULA(DiffusionSampler):
         self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
         objective = LogVariance() if objective is None else objective
-        process = _chain(target, num_steps, objective, options, forward_control=False, backward_control=False)
+        fixed: dict[str, Any] = {"forward_control": False, "backward_control": False}
+        process = CMCDProcess(target.space, num_steps, **fixed, **chain_options(objective, options))
         super().__init__(target, process, objective)

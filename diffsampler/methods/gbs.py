@@ -24,7 +24,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from diffsampler.methods.annealed import annealed_score, checked_prior, initial_path, num_scales
+from diffsampler.methods.annealed import annealed_score, chain_options, checked_prior, initial_path, num_scales
 from diffsampler.networks import Control
 from diffsampler.objective import LogVariance, Objective
 from diffsampler.priors import Prior
@@ -52,6 +52,7 @@ class GBSProcess(Process):
         prior: Initial law; by default a fixed Gaussian, or the uniform law of a torus.
         width: Width of the networks.
         point_features: Random Fourier features of the point.
+        harmonics: Harmonics of a Fourier series in every coordinate, for targets of many separate wells.
         detach_score: Whether pathwise losses treat the score as a constant.
         seed: Seed of the networks' initial parameters.
     """
@@ -73,6 +74,7 @@ class GBSProcess(Process):
         prior: Prior | None = None,
         width: int = 64,
         point_features: int = 0,
+        harmonics: int = 0,
         detach_score: bool = True,
         seed: int = 0,
     ) -> None:
@@ -91,6 +93,7 @@ class GBSProcess(Process):
                 bound=self.clip_bound,
                 width=width,
                 point_features=point_features,
+                harmonics=harmonics,
             )
             for direction in (0, 1)
         )
@@ -130,6 +133,4 @@ class GBS(DiffusionSampler):
         self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
         objective = LogVariance() if objective is None else objective
-        # Why losses at fixed paths must not train step sizes: diffsampler.methods.cmcd.
-        options = {"learn_steps": objective.needs_path_gradient, **options}
-        super().__init__(target, GBSProcess(target.space, num_steps, **options), objective)
+        super().__init__(target, GBSProcess(target.space, num_steps, **chain_options(objective, options)), objective)

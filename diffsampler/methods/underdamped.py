@@ -48,6 +48,7 @@ from torch.nn import functional
 
 from diffsampler.methods.annealed import (
     annealed_score,
+    chain_options,
     checked_prior,
     initial_path,
     num_scales,
@@ -86,6 +87,7 @@ class UnderdampedProcess(Process):
         prior: Initial law; by default a learned Gaussian, or the uniform law of a torus.
         width: Width of the network.
         point_features: Random Fourier features of the point.
+        harmonics: Harmonics of a Fourier series in every coordinate, for targets of many separate wells.
         detach_score: Whether pathwise losses treat the score as a constant.
         seed: Seed of the network's initial parameters.
     """
@@ -115,6 +117,7 @@ class UnderdampedProcess(Process):
         prior: Prior | None = None,
         width: int = 64,
         point_features: int = 0,
+        harmonics: int = 0,
         detach_score: bool = False,
         seed: int = 0,
     ) -> None:
@@ -149,7 +152,8 @@ class UnderdampedProcess(Process):
         self.control: Control | None = None
         self.mass_control: Control | None = None
         shared: dict[str, Any] = {"gate_init": 0.0, "bound": self.clip_bound, "feature_input": True, "width": width}
-        shared.update(point_features=point_features, generator=torch.Generator().manual_seed(seed))
+        shared |= {"point_features": point_features, "harmonics": harmonics}
+        shared |= {"generator": torch.Generator().manual_seed(seed)}
         if forward_control or backward_control:
             factors = 2 * scales if local_mass else 0
             self.control = Control(space, extra_inputs=space.dim, extra_outputs=space.dim + factors, **shared)
@@ -265,11 +269,6 @@ class UnderdampedProcess(Process):
         return Gaussian(mean + self.num_steps**-0.5 * spread * control, spread.square())
 
 
-def _sampler_process(target: Target, num_steps: int, objective: Objective, options: dict[str, Any]) -> Process:
-    # A loss at fixed paths cannot train step sizes; then they keep their initial values.
-    return UnderdampedProcess(target.space, num_steps, **{"learn_steps": objective.needs_path_gradient, **options})
-
-
 @final
 class UCMCD(DiffusionSampler):
     """Controlled Monte Carlo diffusion, underdamped: the control acts in both directions.
@@ -285,7 +284,8 @@ class UCMCD(DiffusionSampler):
         self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
         objective = ReverseKL() if objective is None else objective
-        super().__init__(target, _sampler_process(target, num_steps, objective, options), objective)
+        process = UnderdampedProcess(target.space, num_steps, **chain_options(objective, options))
+        super().__init__(target, process, objective)
 
 
 @final
@@ -303,8 +303,9 @@ class LDVI(DiffusionSampler):
         self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
         objective = ReverseKL() if objective is None else objective
-        options = {**options, "forward_control": False}
-        super().__init__(target, _sampler_process(target, num_steps, objective, options), objective)
+        options = chain_options(objective, options)
+        process = UnderdampedProcess(target.space, num_steps, forward_control=False, **options)
+        super().__init__(target, process, objective)
 
 
 @final
@@ -322,5 +323,6 @@ class UHA(DiffusionSampler):
         self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
         objective = ReverseKL() if objective is None else objective
-        options = {**options, "forward_control": False, "backward_control": False}
-        super().__init__(target, _sampler_process(target, num_steps, objective, options), objective)
+        fixed: dict[str, Any] = {"forward_control": False, "backward_control": False}
+        process = UnderdampedProcess(target.space, num_steps, **fixed, **chain_options(objective, options))
+        super().__init__(target, process, objective)
