@@ -253,6 +253,19 @@ def test_a_frame_needs_spread():
     assert make_frame("diagonal", targets.ManyWell(2), None, torch.zeros(10, 2).double()) is None
 
 
+def test_points_sent_far_away_do_not_set_a_frames_scale():
+    """Three of 1,000 at 500 spread a coordinate 27-fold; ordinary points keep their own mean and spread."""
+    x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plain = make_frame("diagonal", targets.ManyWell(2), None, x)
+    assert torch.equal(plain.standard.location, x.mean(0))
+    assert torch.equal(plain.standard.scale, x.std(0))
+    x[:3, 0] = 500.0
+    assert float(x[:, 0].std()) > 25.0
+    frame = make_frame("diagonal", targets.ManyWell(2), None, x)
+    torch.testing.assert_close(frame.standard.scale, torch.ones(2).double(), rtol=0.1, atol=0.0)
+    torch.testing.assert_close(frame.standard.location, torch.zeros(2).double(), rtol=0.0, atol=0.15)
+
+
 def test_tempering_exponent_gives_the_share_it_promises(generator):
     log_weight = 5.0 * torch.randn(4000, generator=generator, dtype=torch.float64)
     exponent = tempering_exponent(log_weight)

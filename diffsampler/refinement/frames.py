@@ -17,6 +17,10 @@ from diffsampler.target import AffineTarget, Target
 __all__ = ["Frame", "Ranked", "candidate_frames", "make_frame", "rank_frames"]
 
 SEPARATION_POINTS = 64
+TAIL = 0.005
+"""Share of points, at either end of a coordinate, beyond its core."""
+OUTLYING = 1.5
+"""Ratio of the spread of all points to that of their core from which the core alone counts."""
 
 
 class Frame(NamedTuple):
@@ -48,11 +52,19 @@ def make_frame(name: str, target: Target, transport: TransportMap | None, x: Ten
     u = u[u.isfinite().all(-1)]
     if u.shape[0] < 0.99 * x.shape[0]:
         return None
-    scale = u.std(0)
+    location, scale = _location_scale(u)
     if not bool((scale > 0.0).all()):
         return None
     base = target if transport is None else PulledBack(target, transport)
-    return Frame(name, transport, AffineTarget(base, u.mean(0), scale))
+    return Frame(name, transport, AffineTarget(base, location, scale))
+
+
+def _location_scale(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of ``u (n, D)``; a map may send a few points very far, and they must not set both."""
+    beyond = round(TAIL * len(u))
+    core = u.clamp(u.kthvalue(1 + beyond, 0).values, u.kthvalue(len(u) - beyond, 0).values)
+    outlying = u.std(0) > OUTLYING * core.std(0)
+    return torch.where(outlying, core.mean(0), u.mean(0)), torch.where(outlying, core.std(0), u.std(0))
 
 
 def candidate_frames(
