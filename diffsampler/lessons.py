@@ -123,7 +123,9 @@ class Paths(Lesson):
         for source in self.sources:
             kind = type(source).__name__
             if objective.on_policy_only and not source.on_policy:
-                raise ValueError(f"{name} needs on-policy trajectories; {kind} makes others.")
+                raise ValueError(
+                    f"{name} needs on-policy trajectories; {kind} makes others. LogVariance learns from any."
+                )
             if objective.needs_backward_paths and not source.backward:
                 raise ValueError(f"{name} needs backward trajectories; {kind} makes others. Pass bank=particles.")
         if not self.sources[0].ready:

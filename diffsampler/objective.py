@@ -5,6 +5,7 @@ An :class:`Objective` is a function ``Trajectory -> scalar`` and declares what i
 
 =====================  =====================================================  ==================
 reverse KL             :math:`-E_F[\log w]`                                   path gradient
+score-function KL      the same                                               detached, fresh paths
 log-variance           :math:`\mathrm{Var}(\log w)`                           detached, any paths
 VarGrad                :math:`\frac12 E (\log w - \overline{\log w})^2`       detached, any paths
 trajectory balance     :math:`\frac12 E (\log w - \log Z_\theta)^2`           detached, any paths
@@ -17,7 +18,7 @@ bridge likelihood      the same, at single steps of paths drawn in closed form  
 
 On policy, where the backward chain has no parameters, the detached gradients of half the log-variance, of VarGrad and
 of trajectory balance at the true :math:`\log Z` all equal the pathwise gradient of the reverse KL divergence in
-expectation.
+expectation. Where it has, only that of the score-function form does.
 
 References:
     Solving high-dimensional HJB PDEs using neural networks (Nuesken, Richter, 2021), https://arxiv.org/abs/2005.05409
@@ -47,6 +48,7 @@ __all__ = [
     "LogVariance",
     "Objective",
     "ReverseKL",
+    "ScoreFunctionKL",
     "SubTrajectoryBalance",
     "SubTrajectoryLogVariance",
     "TrajectoryBalance",
@@ -68,6 +70,8 @@ class Objective(nn.Module, ABC):
     """Whether the process must define densities at all steps (anchors, a flow function)."""
     needs_bridge: bool = False
     """Whether paths are single steps of closed-form bridges from stored particles, without any simulation."""
+    trains_shared: bool = False
+    """Whether parameters that forward and backward kernels share (step sizes, noise) get the slope of a divergence."""
     averages: bool = False
     """Whether the loss is a mean over paths, so that gradients of parts of a batch add up to that of the whole."""
     freezes_forward: bool = False
@@ -89,6 +93,7 @@ class ReverseKL(Objective):
 
     needs_path_gradient = True
     on_policy_only = True
+    trains_shared = True
     averages = True
 
     def __init__(self, *, stick_landing: bool = False) -> None:
@@ -97,6 +102,29 @@ class ReverseKL(Objective):
 
     def forward(self, trajectory: Trajectory) -> Tensor:
         return -trajectory.log_weight.mean()
+
+
+@final
+class ScoreFunctionKL(Objective):
+    r"""Negative evidence lower bound, differentiated at fixed fresh paths (REINFORCE, the batch's mean as baseline).
+
+    .. math:: -E\big[(\log w - \overline{\log w})\, \nabla \log(p_0 F)\big] - E[\nabla \log(\rho B)]
+
+    has the gradient of :class:`ReverseKL` as its mean, for every parameter that the paths depend on through kernels:
+    those that both kernels share as well, which losses of the weights' variance mislead. No graph over time is kept.
+    """
+
+    on_policy_only = True
+    trains_shared = True
+
+    def forward(self, trajectory: Trajectory) -> Tensor:
+        log_weight = trajectory.log_weight.detach()
+        centred = (log_weight - log_weight.mean()) / (len(log_weight) - 1)
+        ahead = trajectory.log_initial + trajectory.log_forward.sum(0)
+        back = trajectory.log_terminal + trajectory.log_backward.sum(0)
+        surrogate = -(centred * ahead).sum() - back.mean()
+        # Its value is the bound; the surrogate gives the slope.
+        return surrogate - surrogate.detach() - log_weight.mean()
 
 
 @final
@@ -212,14 +240,14 @@ class SubTrajectoryBalance(_Balance):
     r"""Balance of all sub-trajectories, those of length ``l`` with total weight proportional to :math:`\lambda^l`.
 
     Small :math:`\lambda` approaches detailed balance, large :math:`\lambda` trajectory balance. The published value 2
-    puts nearly all weight on nearly whole paths; below 1 short pieces count.
+    puts nearly all weight on nearly whole paths, which learn fastest on 25 modes; below 1 short pieces count.
 
     Arguments:
         num_steps: Number of steps of the process; one learned constant each.
         decay: The base :math:`\lambda`.
     """
 
-    def __init__(self, num_steps: int, *, decay: float = 0.9) -> None:
+    def __init__(self, num_steps: int, *, decay: float = 2.0) -> None:
         super().__init__(num_steps)
         if not decay > 0.0:
             raise ValueError(f"Expected decay > 0; got {decay}.")

@@ -87,6 +87,7 @@ class Ladder:
         rungs: Number of steps, CPU seconds, batch size and learning rate of each.
         objective: Makes the loss.
         whiten: Whether it runs in the coordinates of a pilot's map, whose cost counts; else in the target's own.
+        particles: Particles of that pilot.
     """
 
     kind: Callable[..., DiffusionSampler]
@@ -94,21 +95,22 @@ class Ladder:
     rungs: tuple[tuple[int, float, int, float], ...]
     objective: Callable[[], Objective] = ReverseKL
     whiten: bool = False
+    particles: int = 1024
 
     def train(self, target: Target, seed: int, share: float) -> tuple[Sampler, dict[str, Any]]:
         sampler, cpu, steps = self.climb(target, seed, share, len(self.rungs))
         if not self.whiten:
             return sampler, {"cpu": cpu, "steps": steps}
-        frame, paid = whitened(target, seed)
+        frame, paid = whitened(target, seed, self.particles)
         return MappedSampler(target, sampler, frame.to_original), {"cpu": cpu + paid, "pilot": paid, "steps": steps}
 
     def climb(self, target: Target, seed: int, share: float, count: int) -> tuple[DiffusionSampler, float, list[int]]:
         """Sampler, CPU seconds and steps of each rung, after ``count`` rungs; cases share what they can."""
         key = (named(target), seed, share, self.kind.__name__, self.objective.__name__, str(self.options))
-        key = (*key, self.whiten, self.rungs[:count])
+        key = (*key, self.whiten and self.particles, self.rungs[:count])
         if key in CLIMBED:
             return CLIMBED[key]
-        inner = whitened(target, seed)[0].standard if self.whiten else target
+        inner = whitened(target, seed, self.particles)[0].standard if self.whiten else target
         lower, spent, before = (None, 0.0, []) if count == 1 else self.climb(target, seed, share, count - 1)
         start = time.process_time()
         num_steps, seconds, batch, rate = self.rungs[count - 1]
@@ -135,21 +137,22 @@ def named(target: Target) -> str:
     return f"{type(target).__name__} {target.dim} {target.log_normalizer}"
 
 
-def whitened(target: Target, seed: int) -> tuple[Frame, float]:
+def whitened(target: Target, seed: int, particles: int) -> tuple[Frame, float]:
     """The coordinates of a pilot's map, standardized, and their CPU seconds."""
-    key = (named(target), seed)
+    key = (named(target), seed, particles)
     if key not in WHITENED:
         start = time.process_time()
-        pilot = run_pilot(target, generator=torch.Generator().manual_seed(seed), num_particles=1024, num_islands=16)
+        generator = torch.Generator().manual_seed(seed)
+        pilot = run_pilot(target, generator=generator, num_particles=particles, num_islands=16)
         assert pilot.particles is not None and pilot.transport is not None
-        x = pilot.particles.resample(1024, generator=torch.Generator().manual_seed(seed))
+        x = pilot.particles.resample(particles, generator=torch.Generator().manual_seed(seed))
         frame = make_frame("map", target, pilot.transport, x.double())
         assert frame is not None
         WHITENED[key] = frame, time.process_time() - start
     return WHITENED[key]
 
 
-WHITENED: dict[tuple[str, int], tuple[Frame, float]] = {}
+WHITENED: dict[tuple[str, int, int], tuple[Frame, float]] = {}
 CLIMBED: dict[tuple[Any, ...], tuple[DiffusionSampler, float, list[int]]] = {}
 """Coordinates that this process has found, and rungs that it has climbed."""
 

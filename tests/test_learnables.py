@@ -56,7 +56,7 @@ CHAINS: dict[str, tuple[Callable[[], Process], dict[str, tuple[str, ...]]]] = {
     ),
     "ucmcd at fixed steps": (
         lambda: underdamped(SPACE, 5, learn_steps=False, prior=learned_prior()),
-        {"fixed": ("prior.mean", "prior.log_scale", "increments", "log_friction")},
+        {"fixed": ("prior.mean", "prior.log_scale", "increments")},
     ),
     "dis": (
         lambda: dis(SPACE, 5, exploding=True, learn_variance=True),

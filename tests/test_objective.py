@@ -25,6 +25,7 @@ from diffsampler.objective import (
     LogVariance,
     Objective,
     ReverseKL,
+    ScoreFunctionKL,
     TrajectoryBalance,
     VarGrad,
 )
@@ -105,8 +106,13 @@ def test_the_identity_needs_a_fixed_backward_chain():
     # E_F[grad log B] is not zero: a process that learns its backward chain follows different gradients per loss.
     process = perturb(IDENTITY["cmcd"].double(), 0.15, seed=3)
     pathwise = batch_gradients(process, line(), ReverseKL(), 1.0, graph=True)
+    along = directions(pathwise)
     detached = batch_gradients(process, line(), LogVariance(), 0.5, graph=False)
-    assert worst(pathwise - detached, directions(pathwise)) > 10.0
+    assert worst(pathwise - detached, along) > 10.0
+    # The score function has it where kernels share step sizes, temperatures and control: false alarm 8e-4.
+    score = batch_gradients(process, line(), ScoreFunctionKL(), 1.0, graph=False)
+    assert worst(pathwise - score, along) < 4.0
+    assert worst(score, along) > 10.0
 
 
 # Closed forms of the losses
@@ -130,6 +136,7 @@ def weights_only(log_weight: Tensor) -> Trajectory:
     ("objective", "expected"),
     [
         (ReverseKL(), -2.0),
+        (ScoreFunctionKL(), -2.0),
         (LogVariance(), 1.0),
         (VarGrad(), 1.0 / 3.0),
         (TrajectoryBalance(0.5), 0.5 * (0.25 + 2.25 + 6.25) / 3.0),
@@ -150,10 +157,13 @@ def test_forward_likelihood_counts_the_initial_law():
 
 
 def test_declarations():
-    assert ReverseKL.needs_path_gradient and ReverseKL.on_policy_only
+    assert ReverseKL.needs_path_gradient and ReverseKL.on_policy_only and ReverseKL.trains_shared
+    assert ScoreFunctionKL.on_policy_only and ScoreFunctionKL.trains_shared
+    assert not ScoreFunctionKL.needs_path_gradient
     assert ForwardKL.needs_backward_paths and BridgeLikelihood.needs_backward_paths and BridgeLikelihood.needs_bridge
     for objective in (LogVariance, VarGrad, TrajectoryBalance):
         assert not (objective.needs_path_gradient or objective.on_policy_only or objective.needs_backward_paths)
+        assert not objective.trains_shared
 
 
 def test_balance_learns_its_constant_only_if_asked():
@@ -168,6 +178,7 @@ OBJECTIVES = {
     "vargrad": VarGrad,
     "balance": lambda: TrajectoryBalance(0.3),
     "forward": ForwardKL,
+    "score function": ScoreFunctionKL,
 }
 
 

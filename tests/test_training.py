@@ -31,6 +31,7 @@ from diffsampler.objective import (
     LogVariance,
     Objective,
     ReverseKL,
+    ScoreFunctionKL,
     TrajectoryBalance,
     VarGrad,
 )
@@ -359,6 +360,7 @@ LOSSES: dict[str, tuple[Objective, bool]] = {
     "vargrad": (VarGrad(), False),
     "balance": (TrajectoryBalance(0.0), False),
     "reverse": (ReverseKL(), False),
+    "score function": (ScoreFunctionKL(), False),
     "replayed": (LogVariance(), True),
     "forward": (ForwardKL(), True),
     "bridge": (BridgeLikelihood(), True),

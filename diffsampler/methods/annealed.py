@@ -9,32 +9,21 @@ A mode of variance :math:`s^2` has variance :math:`s^2 / \beta` while annealed. 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffsampler.objective import Objective
 from diffsampler.priors import Prior, default_prior
 from diffsampler.space import Space
 
 __all__ = [
     "annealed_score",
-    "chain_options",
     "checked_prior",
     "initial_path",
     "num_scales",
     "regrid",
     "regrid_increments",
 ]
-
-
-def chain_options(objective: Objective, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a chain whose kernels share their step sizes, which only losses with a path gradient train.
-
-    At fixed paths larger steps make the two kernels differ less, whatever paths of larger steps would do.
-    """
-    return {"learn_steps": objective.needs_path_gradient, **options}
 
 
 def checked_prior(space: Space, prior: Prior | None, scale: float, local_scale: float, *, learn: bool = True) -> Prior:

@@ -15,9 +15,10 @@ step size carries a learned factor per coordinate evaluated at its own point, :m
 :math:`\epsilon_k(x')` in ``B``: both stay Gaussian, and funnels and other densities of varying scale need far fewer
 steps.
 
-Both kernels share their step sizes. At fixed paths larger ones make the kernels differ less, whatever paths of larger
-steps would do, so that log-variance losses drive step sizes too far up and training with them goes astray; with such
-losses the samplers keep the initial ones.
+Both kernels share step sizes, temperatures and the control. At fixed paths larger steps make the kernels differ less,
+whatever paths of larger steps would do: log-variance losses, the published ones, drive step sizes too far up and
+training goes astray; with such losses the samplers keep the initial ones. The score-function form of the divergence has
+the right slope in all that is shared.
 
 References:
     Transport meets variational inference: controlled Monte Carlo diffusions (Vargas, Padhy, Blessing, Nuesken, 2024),
@@ -40,7 +41,6 @@ from torch.nn import functional
 
 from diffsampler.methods.annealed import (
     annealed_score,
-    chain_options,
     checked_prior,
     initial_path,
     num_scales,
@@ -48,7 +48,7 @@ from diffsampler.methods.annealed import (
     regrid_increments,
 )
 from diffsampler.networks import Control, clip
-from diffsampler.objective import LogVariance, Objective
+from diffsampler.objective import Objective, ScoreFunctionKL
 from diffsampler.priors import Prior
 from diffsampler.process import Gaussian, Process
 from diffsampler.sampler import DiffusionSampler
@@ -71,7 +71,7 @@ class CMCDProcess(Process):
         scale: Scale of the target, and initial standard deviation of the default prior.
         local_scale: Smallest scale of the target relative to ``scale``, at most 1; the initial schedule and step sizes
             follow from it.
-        learn_steps: Whether step sizes are trained; losses without a path gradient drive them too far up.
+        learn_steps: Whether step sizes are trained; losses of the weights' variance drive them too far up.
         local_steps: Whether step sizes carry a learned factor per coordinate that depends on the point.
         forward_control: Whether forward kernels carry the control.
         backward_control: Whether backward kernels carry the control.
@@ -211,15 +211,16 @@ class CMCD(DiffusionSampler):
     Arguments:
         target: The density to sample.
         num_steps: Number of steps ``K``.
-        objective: The loss, log-variance by default.
+        objective: The loss, the score-function KL by default.
         options: As in :class:`CMCDProcess`.
     """
 
     def __init__(
         self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
-        objective = LogVariance() if objective is None else objective
-        super().__init__(target, CMCDProcess(target.space, num_steps, **chain_options(objective, options)), objective)
+        objective = ScoreFunctionKL() if objective is None else objective
+        options = {"learn_steps": objective.trains_shared, **options}
+        super().__init__(target, CMCDProcess(target.space, num_steps, **options), objective)
 
 
 @final
@@ -229,15 +230,16 @@ class MCD(DiffusionSampler):
     Arguments:
         target: The density to sample.
         num_steps: Number of steps ``K``.
-        objective: The loss, log-variance by default.
+        objective: The loss, the score-function KL by default.
         options: As in :class:`CMCDProcess`.
     """
 
     def __init__(
         self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
-        objective = LogVariance() if objective is None else objective
-        process = CMCDProcess(target.space, num_steps, forward_control=False, **chain_options(objective, options))
+        objective = ScoreFunctionKL() if objective is None else objective
+        options = {"learn_steps": objective.trains_shared, **options}
+        process = CMCDProcess(target.space, num_steps, forward_control=False, **options)
         super().__init__(target, process, objective)
 
 
@@ -248,14 +250,14 @@ class AnnealedULA(DiffusionSampler):
     Arguments:
         target: The density to sample.
         num_steps: Number of steps ``K``.
-        objective: The loss, log-variance by default.
+        objective: The loss, the score-function KL by default.
         options: As in :class:`CMCDProcess`.
     """
 
     def __init__(
         self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
-        objective = LogVariance() if objective is None else objective
-        fixed: dict[str, Any] = {"forward_control": False, "backward_control": False}
-        process = CMCDProcess(target.space, num_steps, **fixed, **chain_options(objective, options))
+        objective = ScoreFunctionKL() if objective is None else objective
+        options = {"learn_steps": objective.trains_shared, **options}
+        process = CMCDProcess(target.space, num_steps, forward_control=False, backward_control=False, **options)
         super().__init__(target, process, objective)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from diffsampler.controls import ScoreFeature, chosen_control, gated, needs_score
 from diffsampler.networks import ControlModule
-from diffsampler.objective import Objective
+from diffsampler.objective import Objective, ScoreFunctionKL
 from diffsampler.process import Gaussian, Process
 from diffsampler.sampler import DiffusionSampler
 from diffsampler.schedule import NoiseSchedule, chosen_schedule, cosine_preserving
@@ -40,8 +40,8 @@ class DDSProcess(Process):
         space: Euclidean or mean-free space.
         schedule: A variance-preserving noise schedule.
         scale: Standard deviation ``S`` of the prior; it must cover the target.
-        learn_noise: Whether the rates of the schedule are trained; losses without a path gradient are biased to more
-            noise, as both chains share it.
+        learn_noise: Whether the rates of the schedule are trained. Both chains share them: losses of the weights'
+            variance drive them up, whatever paths of more noise would do.
         control: What steers the chain, a network by default (:mod:`diffsampler.controls`); then options of the network
             have no effect.
         feature: Which score its gate multiplies, by default the difference between the target's and the prior's.
@@ -149,9 +149,12 @@ class DDS(DiffusionSampler):
     Arguments:
         target: The density to sample.
         num_steps: Number of steps ``K``, 64 or the schedule's by default.
-        objective: The loss, log-variance by default.
+        objective: The loss, log-variance by default, with ``learn_noise`` the score-function KL.
         schedule: Variance-preserving noise schedule in place of ``num_steps`` cosine steps.
         options: As in :class:`DDSProcess`.
+
+    Raises:
+        ValueError: If ``learn_noise`` is to be trained by a loss that misleads it.
     """
 
     def __init__(
@@ -164,4 +167,9 @@ class DDS(DiffusionSampler):
         **options: Any,
     ) -> None:
         schedule = chosen_schedule(schedule, num_steps, cosine_preserving)
+        if options.get("learn_noise", False):
+            objective = ScoreFunctionKL() if objective is None else objective
+            if not objective.trains_shared:
+                name = type(objective).__name__
+                raise ValueError(f"Expected a loss that trains shared noise (ScoreFunctionKL, ReverseKL); got {name}.")
         super().__init__(target, DDSProcess(target.space, schedule, **options), objective)

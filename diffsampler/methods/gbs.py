@@ -24,9 +24,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from diffsampler.methods.annealed import annealed_score, chain_options, checked_prior, initial_path, num_scales
+from diffsampler.methods.annealed import annealed_score, checked_prior, initial_path, num_scales
 from diffsampler.networks import Control
-from diffsampler.objective import LogVariance, Objective
+from diffsampler.objective import Objective, ScoreFunctionKL
 from diffsampler.priors import Prior
 from diffsampler.process import Gaussian, Process
 from diffsampler.sampler import DiffusionSampler
@@ -48,7 +48,7 @@ class GBSProcess(Process):
         num_steps: Number of steps ``K``.
         scale: Scale of the target, and standard deviation of the default prior, which is fixed.
         local_scale: Smallest scale of the target relative to ``scale``, at most 1; the initial step sizes follow.
-        learn_steps: Whether step sizes are trained; losses without a path gradient drive them too far up.
+        learn_steps: Whether step sizes are trained; losses of the weights' variance drive them too far up.
         prior: Initial law; by default a fixed Gaussian, or the uniform law of a torus.
         width: Width of the networks.
         point_features: Random Fourier features of the point.
@@ -125,12 +125,13 @@ class GBS(DiffusionSampler):
     Arguments:
         target: The density to sample.
         num_steps: Number of steps ``K``.
-        objective: The loss, log-variance by default.
+        objective: The loss, the score-function KL by default.
         options: As in :class:`GBSProcess`.
     """
 
     def __init__(
         self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
-        objective = LogVariance() if objective is None else objective
-        super().__init__(target, GBSProcess(target.space, num_steps, **chain_options(objective, options)), objective)
+        objective = ScoreFunctionKL() if objective is None else objective
+        options = {"learn_steps": objective.trains_shared, **options}
+        super().__init__(target, GBSProcess(target.space, num_steps, **options), objective)

@@ -201,7 +201,7 @@ class DGFS(DiffusionSampler):
     Arguments:
         target: The density to sample.
         num_steps: Number of steps ``K``.
-        objective: The loss, sub-trajectory balance with decay 0.9 by default.
+        objective: The loss, sub-trajectory balance by default.
         options: As in :class:`GFNProcess`.
     """
 

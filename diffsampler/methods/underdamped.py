@@ -48,7 +48,6 @@ from torch.nn import functional
 
 from diffsampler.methods.annealed import (
     annealed_score,
-    chain_options,
     checked_prior,
     initial_path,
     num_scales,
@@ -82,7 +81,8 @@ class UnderdampedProcess(Process):
         friction: Initial friction per step.
         forward_control: Whether forward kernels carry the control.
         backward_control: Whether backward kernels carry the control.
-        learn_steps: Whether step sizes (and so the mass) are trained; only losses with a path gradient can.
+        learn_steps: Whether step sizes (and so the mass) and friction are trained; only losses with a path gradient
+            can: the points of a fixed path do not tell steps, and its weight hardly depends on friction.
         local_mass: Whether velocities carry a learned scale per coordinate that depends on the point.
         prior: Initial law; by default a learned Gaussian, or the uniform law of a torus.
         width: Width of the network.
@@ -147,7 +147,8 @@ class UnderdampedProcess(Process):
         self.increments = nn.Parameter(beta.diff(prepend=beta.new_zeros(1)).log().float())
         step = STEP_SHARE * scale * variance.sqrt()
         self.log_step = nn.Parameter(step.log().float().unsqueeze(-1).repeat(1, scales), requires_grad=learn_steps)
-        self.log_friction = nn.Parameter(torch.full((num_steps, scales), math.log(friction)))
+        rate = torch.full((num_steps, scales), math.log(friction))
+        self.log_friction = nn.Parameter(rate, requires_grad=learn_steps)
 
         self.control: Control | None = None
         self.mass_control: Control | None = None
@@ -174,7 +175,7 @@ class UnderdampedProcess(Process):
         with torch.no_grad():
             new.increments = nn.Parameter(regrid_increments(self.increments, num_steps))
             new.log_step = nn.Parameter(regrid(self.log_step, num_steps) + pace, requires_grad=learn)
-            new.log_friction = nn.Parameter(regrid(self.log_friction, num_steps) + pace)
+            new.log_friction = nn.Parameter(regrid(self.log_friction, num_steps) + pace, requires_grad=learn)
         return new
 
     def observed(self, state: Tensor) -> Tensor:
@@ -276,7 +277,8 @@ class UCMCD(DiffusionSampler):
     Arguments:
         target: The density to sample.
         num_steps: Number of steps ``K``.
-        objective: The loss, reverse KL by default: it also trains the step sizes, which losses at fixed paths cannot.
+        objective: The loss, reverse KL by default: it also trains step sizes and friction, which losses at fixed paths
+            cannot.
         options: As in :class:`UnderdampedProcess`.
     """
 
@@ -284,7 +286,8 @@ class UCMCD(DiffusionSampler):
         self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
         objective = ReverseKL() if objective is None else objective
-        process = UnderdampedProcess(target.space, num_steps, **chain_options(objective, options))
+        options = {"learn_steps": objective.needs_path_gradient, **options}
+        process = UnderdampedProcess(target.space, num_steps, **options)
         super().__init__(target, process, objective)
 
 
@@ -303,7 +306,7 @@ class LDVI(DiffusionSampler):
         self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
         objective = ReverseKL() if objective is None else objective
-        options = chain_options(objective, options)
+        options = {"learn_steps": objective.needs_path_gradient, **options}
         process = UnderdampedProcess(target.space, num_steps, forward_control=False, **options)
         super().__init__(target, process, objective)
 
@@ -323,6 +326,6 @@ class UHA(DiffusionSampler):
         self, target: Target, *, num_steps: int = 64, objective: Objective | None = None, **options: Any
     ) -> None:
         objective = ReverseKL() if objective is None else objective
-        fixed: dict[str, Any] = {"forward_control": False, "backward_control": False}
-        process = UnderdampedProcess(target.space, num_steps, **fixed, **chain_options(objective, options))
+        options = {"learn_steps": objective.needs_path_gradient, **options}
+        process = UnderdampedProcess(target.space, num_steps, forward_control=False, backward_control=False, **options)
         super().__init__(target, process, objective)

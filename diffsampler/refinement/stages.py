@@ -123,7 +123,8 @@ class Refinement:
         index = torch.randint(self.held.shape[0], (CHECK_PATHS,), generator=self.generator, device=self.held.device)
         ends = self.held[index].to(self.dtype)
         backward = simulate_backward(process, target, ends, generator=self.generator).log_weight
-        gap = float(backward.mean() - forward.mean())
+        # A negative one says that the held-out particles are no draws of the target, and is no merit.
+        gap = abs(float(backward.mean() - forward.mean()))
         if not math.isfinite(gap):
             return Quality(math.inf, 0.0)
         return Quality(gap, effective_sample_size(forward) / CHECK_PATHS)
@@ -246,7 +247,7 @@ def refine(
     course.start("choosing coordinates", None)
     work, likelihoods = _first_chain(target, x, transport, centres, generator=generator, dtype=dtype, spent=spent)
     work.stages.append(f"mixture: gap {work.quality.gap:.3g}")
-    if spent() < 0.5:
+    if spent() < 0.75:
         work = _with_hidden_wells(target, x, work)
     if work.quality.gap > SMALL_GAP and spent() < 0.3:
         course.start("renewing particles", None)
