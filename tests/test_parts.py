@@ -19,6 +19,7 @@ from diffsampler.objective import (
     LogVariance,
     Objective,
     ReverseKL,
+    ScoreFunctionKL,
     SubTrajectoryBalance,
     TrajectoryBalance,
     VarGrad,
@@ -57,7 +58,12 @@ def joined(process: Process, sizes: list[int], *, graph: bool) -> Trajectory:
 
 # Parts of a batch
 
-CENTRED = {"log variance": LogVariance, "vargrad": VarGrad, "balance": lambda: TrajectoryBalance(0.3)}
+CENTRED = {
+    "log variance": LogVariance,
+    "vargrad": VarGrad,
+    "balance": lambda: TrajectoryBalance(0.3),
+    "score function": ScoreFunctionKL,
+}
 
 
 @pytest.mark.parametrize("loss", CENTRED)
@@ -69,9 +75,11 @@ def test_losses_that_centre_over_the_batch_keep_their_gradient(loss: str):
     path = joined(process, [4, 4, 2], graph=False)
     log_f, log_b = log_kernels(process, path.x, path.score, slice(0, 5), slice(0, 10))
     assert log_f is not None and log_b is not None
-    log_weight = path.log_terminal + (log_b - log_f).sum(0) - process.log_initial(path.x[0])
+    ahead, back = process.log_initial(path.x[0]) + log_f.sum(0), path.log_terminal + log_b.sum(0)
+    log_weight = back - ahead
     whole = {"log variance": log_weight.var(), "balance": 0.5 * (log_weight - 0.3).square().mean()}
     whole["vargrad"] = 0.5 * log_weight.var(correction=0)
+    whole["score function"] = -torch.cov(torch.stack([log_weight.detach(), ahead]))[0, 1] - back.mean()
     (0.7 * whole[loss]).backward()
     expected = flat(process)
     assert torch.allclose(got, expected, rtol=1e-10, atol=1e-12) and float(expected.abs().max()) > 1e-3
