@@ -213,7 +213,7 @@ def dds(**options: Any) -> DDS:
 
 
 def cmcd(**options: Any) -> CMCD:
-    return CMCD(mixture(), num_steps=5, scale=1.4, width=8, **options)
+    return CMCD(mixture(), num_steps=5, scale=1.4, width=8, **{"objective": LogVariance(), **options})
 
 
 @pytest.mark.parametrize("make", [dds, cmcd])
@@ -236,7 +236,7 @@ def test_resuming_repeats_the_uninterrupted_run_bit_for_bit(make: Any, tmp_path:
 def test_training_reaches_the_target_and_the_region_opens():
     target = gaussian()
     lesson = TrustRegion(buffer=512, bound=0.3)
-    sampler: DiffusionSampler = GBS(target, num_steps=6, scale=2.0, width=16)
+    sampler: DiffusionSampler = GBS(target, num_steps=6, objective=LogVariance(), scale=2.0, width=16)
     before = sampler.sample(2000).elbo
     sampler.fit(steps=250, batch_size=128, learning_rate=1e-2, lesson=lesson)
     after = sampler.sample(2000).elbo
