@@ -14,6 +14,7 @@ from diffsampler.methods.cmcd import CMCDProcess
 from diffsampler.methods.underdamped import UnderdampedProcess
 from diffsampler.objective import Objective, ReverseKL
 from diffsampler.pilot import run_pilot
+from diffsampler.pilot.transport_fit import fit_triangular
 from diffsampler.recipes import MappedSampler, refined_sampler, standardize
 from diffsampler.refinement import Course
 from diffsampler.refinement.frames import Frame, make_frame
@@ -87,7 +88,8 @@ class Ladder:
         rungs: Number of steps, CPU seconds, batch size and learning rate of each.
         objective: Makes the loss.
         whiten: Whether it runs in the coordinates of a pilot's map, whose cost counts; else in the target's own.
-        particles: Particles of that pilot.
+        refit: Whether that map is fitted again to the particles of the pilot's last pass, which know tails and bends
+            better than those of the pass before.
     """
 
     kind: Callable[..., DiffusionSampler]
@@ -95,22 +97,22 @@ class Ladder:
     rungs: tuple[tuple[int, float, int, float], ...]
     objective: Callable[[], Objective] = ReverseKL
     whiten: bool = False
-    particles: int = 1024
+    refit: bool = False
 
     def train(self, target: Target, seed: int, share: float) -> tuple[Sampler, dict[str, Any]]:
         sampler, cpu, steps = self.climb(target, seed, share, len(self.rungs))
         if not self.whiten:
             return sampler, {"cpu": cpu, "steps": steps}
-        frame, paid = whitened(target, seed, self.particles)
+        frame, paid = whitened(target, seed, refit=self.refit)
         return MappedSampler(target, sampler, frame.to_original), {"cpu": cpu + paid, "pilot": paid, "steps": steps}
 
     def climb(self, target: Target, seed: int, share: float, count: int) -> tuple[DiffusionSampler, float, list[int]]:
         """Sampler, CPU seconds and steps of each rung, after ``count`` rungs; cases share what they can."""
         key = (named(target), seed, share, self.kind.__name__, self.objective.__name__, str(self.options))
-        key = (*key, self.whiten and self.particles, self.rungs[:count])
+        key = (*key, self.whiten, self.refit, self.rungs[:count])
         if key in CLIMBED:
             return CLIMBED[key]
-        inner = whitened(target, seed, self.particles)[0].standard if self.whiten else target
+        inner = whitened(target, seed, refit=self.refit)[0].standard if self.whiten else target
         lower, spent, before = (None, 0.0, []) if count == 1 else self.climb(target, seed, share, count - 1)
         start = time.process_time()
         num_steps, seconds, batch, rate = self.rungs[count - 1]
@@ -137,22 +139,23 @@ def named(target: Target) -> str:
     return f"{type(target).__name__} {target.dim} {target.log_normalizer}"
 
 
-def whitened(target: Target, seed: int, particles: int) -> tuple[Frame, float]:
+def whitened(target: Target, seed: int, *, refit: bool) -> tuple[Frame, float]:
     """The coordinates of a pilot's map, standardized, and their CPU seconds."""
-    key = (named(target), seed, particles)
+    key = (named(target), seed, refit)
     if key not in WHITENED:
         start = time.process_time()
         generator = torch.Generator().manual_seed(seed)
-        pilot = run_pilot(target, generator=generator, num_particles=particles, num_islands=16)
+        pilot = run_pilot(target, generator=generator, num_particles=1024, num_islands=16)
         assert pilot.particles is not None and pilot.transport is not None
-        x = pilot.particles.resample(particles, generator=torch.Generator().manual_seed(seed))
-        frame = make_frame("map", target, pilot.transport, x.double())
+        count = len(pilot.particles) if refit else 1024
+        x = pilot.particles.resample(count, generator=torch.Generator().manual_seed(seed)).double()
+        frame = make_frame("map", target, fit_triangular(x) if refit else pilot.transport, x)
         assert frame is not None
         WHITENED[key] = frame, time.process_time() - start
     return WHITENED[key]
 
 
-WHITENED: dict[tuple[str, int, int], tuple[Frame, float]] = {}
+WHITENED: dict[tuple[str, int, bool], tuple[Frame, float]] = {}
 CLIMBED: dict[tuple[Any, ...], tuple[DiffusionSampler, float, list[int]]] = {}
 """Coordinates that this process has found, and rungs that it has climbed."""
 
