@@ -212,14 +212,7 @@ CASES: dict[str, Case] = {
     ),
     "gmm25-tb": Case(
         GMM25,
-        Trained(
-            ds.GFN,
-            {**GRID, "harmonics": 8},
-            cpu=150.0,
-            objective=TrajectoryBalance,
-            sources=search,
-            learning_rate=5e-3,
-        ),
+        Trained(ds.GFN, GRID, cpu=150.0, objective=TrajectoryBalance, sources=search, learning_rate=5e-3),
         Wanted(0.17, 0.01, None, {}, "gap .171, error .004"),
         modes,
     ),
