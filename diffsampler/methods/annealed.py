@@ -16,14 +16,7 @@ from torch import Tensor
 from diffsampler.priors import Prior, default_prior
 from diffsampler.space import Space
 
-__all__ = [
-    "annealed_score",
-    "checked_prior",
-    "initial_path",
-    "num_scales",
-    "regrid",
-    "regrid_increments",
-]
+__all__ = ["annealed_score", "checked_prior", "initial_path", "num_scales", "regrid", "regrid_increments"]
 
 
 def checked_prior(space: Space, prior: Prior | None, scale: float, local_scale: float, *, learn: bool = True) -> Prior:
